@@ -1,0 +1,268 @@
+"""The vocabulary of the project: frozen dataclasses that every part shares. Standard library only.
+
+Sizes are in bytes, speeds in tokens/s or bytes/s, times in seconds unless a name says otherwise. Tensor
+shapes are in ggml's order: ``shape[0]`` is the contiguous dimension (the input width of a weight matrix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Role(StrEnum):
+    """What a tensor does, as far as placement is concerned."""
+
+    ATTENTION = "attention"
+    FFN_UP = "ffn_up"
+    FFN_GATE = "ffn_gate"
+    FFN_DOWN = "ffn_down"
+    EXPERT_UP = "expert_up"
+    EXPERT_GATE = "expert_gate"
+    EXPERT_DOWN = "expert_down"
+    EXPERT_GATE_UP = "expert_gate_up"  # gate and up merged into one tensor
+    SHARED_EXPERT = "shared_expert"
+    ROUTER = "router"
+    EMBEDDING = "embedding"
+    OUTPUT = "output"
+    NORM = "norm"
+    RECURRENT = "recurrent"  # state-space and linear-attention weights
+    OTHER = "other"
+
+    @property
+    def is_routed_expert(self) -> bool:
+        """True for weights of which a token uses only the experts it is routed to."""
+        return self.value.startswith("expert_")
+
+    @property
+    def is_dense_ffn(self) -> bool:
+        return self.value.startswith("ffn_")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    name: str
+    role: Role
+    layer: int | None  # None for tensors outside the blocks
+    shape: tuple[int, ...]
+    qtype: str  # ggml's name of the type: "F16", "Q4_K", "MXFP4", ...
+    nbytes: int
+    file: int  # index into ModelInfo.files
+    offset: int  # of the data, from the start of that file
+
+    @property
+    def n_elements(self) -> int:
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What planning needs to know of a model. Built by ``gguf.read``."""
+
+    files: tuple[str, ...]  # paths or URLs, in split order
+    file_sizes: tuple[int, ...]
+    architecture: str
+    name: str
+    quantization: str  # the file's own label ("Q4_K_M"), else the type that holds most bytes
+    tensors: tuple[Tensor, ...]
+    n_layers: int
+    n_embd: int
+    n_vocab: int
+    context_length: int  # that the model was trained for; 0 when the file does not say
+    n_head: tuple[int, ...]  # per layer
+    n_head_kv: tuple[int, ...]  # per layer; 0 where a layer has no KV cache
+    head_dim_k: int
+    head_dim_v: int
+    n_ff: tuple[int, ...]  # per layer
+    n_expert: int = 0
+    n_expert_used: int = 0
+    n_expert_shared: int = 0
+    sliding_window: int = 0  # 0: none
+    swa_layers: tuple[bool, ...] = ()  # per layer, True where the window applies
+    head_dim_k_swa: int = 0
+    head_dim_v_swa: int = 0
+    recurrent_layers: tuple[bool, ...] = ()  # per layer
+    kv_lora_rank: int = 0  # MLA when not 0
+    n_rot: int = 0
+    chat_template: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def path(self) -> str:
+        """The first (or only) file: what llama.cpp is given to load."""
+        return self.files[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def n_params(self) -> int:
+        return sum(t.n_elements for t in self.tensors)
+
+    @property
+    def is_moe(self) -> bool:
+        return self.n_expert > 0
+
+
+@dataclass(frozen=True)
+class Device:
+    """One ggml device, or the CPU with main memory."""
+
+    name: str  # ggml's name: "CPU", "CUDA0", "RPC0[127.0.0.1:50052]"
+    kind: str  # "cpu", "gpu", "igpu", "accel"
+    description: str
+    memory_total: int
+    memory_free: int
+    backend: str  # ggml's name of the registry: "CPU", "CUDA", "Vulkan", "RPC"
+    details: Mapping[str, Any] = field(default_factory=dict)  # NVML's answers, where there are any
+
+
+@dataclass(frozen=True)
+class Drive:
+    path: str  # the path that was asked about
+    mount_point: str
+    device: str
+    filesystem: str
+    kind: str  # "nvme", "ssd", "hdd", "network", "memory", "unknown"
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Hardware:
+    cpu_model: str
+    architecture: str
+    physical_cores: int
+    logical_cores: int
+    performance_cores: int  # equals physical_cores where all cores are alike
+    usable_cpus: int  # after affinity and control-group limits
+    cpu_features: tuple[str, ...]
+    ram_total: int  # of the machine
+    ram_limit: int  # what this process may use: control-group limit or ram_total
+    ram_available: int  # now, within ram_limit
+    swap_total: int
+    os: str
+    devices: tuple[Device, ...]
+    drives: tuple[Drive, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Weights whose name the pattern finds (unanchored, first match wins) go to ``device``."""
+
+    pattern: str
+    device: str  # a ggml device name, or the name of one of its buffer types
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything goes, in the terms llama.cpp takes it."""
+
+    devices: tuple[str, ...] = ()  # that layers are offloaded to, in order; empty: all on the CPU
+    n_gpu_layers: int = 0  # -1: all, the output layer included
+    tensor_split: tuple[float, ...] = ()  # shares of the offloaded layers per device; empty: by free memory
+    overrides: tuple[Override, ...] = ()
+    kv_on_device: bool = True  # False keeps the KV cache in RAM
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the context is made and computed. The command line's defaults are these."""
+
+    n_ctx: int = 4096  # 0: what the model was trained for
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_seq_max: int = 1
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash_attention: str = "auto"  # "auto", "on", "off"
+    threads: int = 0  # 0: the performance cores
+    threads_batch: int = 0  # 0: as threads
+    load_mode: str = "auto"  # "auto", "mmap", "none", "mlock", "mmap+mlock", "direct"
+    repack: bool = True  # let the CPU backend reorder weights for faster kernels
+    op_offload: bool = True
+    swa_full: bool = False
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What one device holds for a loaded model."""
+
+    device: str
+    weights_bytes: int
+    kv_bytes: int  # KV cache and recurrent state
+    compute_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The one artefact that the engine consumes."""
+
+    model: str  # path of the first file
+    placement: Placement = Placement()
+    settings: Settings = Settings()
+    memory: tuple[DeviceMemory, ...] = ()  # predicted; empty where nothing was asked
+    rpc: tuple[str, ...] = ()  # host:port of remote servers that must be registered first
+    reasons: tuple[str, ...] = ()  # one sentence each: why it is so
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Defaults are llama.cpp's own."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int = -1  # -1: until the model stops or the context is full
+    stop: tuple[str, ...] = ()
+    grammar: str | None = None  # GBNF
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One step of a streamed answer."""
+
+    text: str
+    finish_reason: str | None = None  # "stop", "length", "tool_calls"; None while it goes on
+    delta: Mapping[str, Any] | None = None  # the OpenAI delta, for tool calls
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Of one request. Speeds are 0.0 where nothing was computed."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt: already in the KV cache
+    completion_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    finish_reason: str | None = None
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        n = self.prompt_tokens - self.cached_tokens
+        return n / self.prompt_seconds if self.prompt_seconds > 0 and n > 0 else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """The first token comes out of the prompt's computation, so n tokens take n - 1 decode steps."""
+        n = self.completion_tokens - 1
+        return n / self.decode_seconds if self.decode_seconds > 0 and n > 0 else 0.0
