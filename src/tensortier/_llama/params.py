@@ -1,0 +1,162 @@
+"""A ``Plan`` in llama.cpp's parameter structures, and the seam that hands them to ``llama_cpp.Llama``."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tensortier._llama import devices
+from tensortier._llama.libs import llama, native
+from tensortier.errors import PatternError, PlanError
+from tensortier.placement import threads_for
+from tensortier.types import Plan
+
+# ggml's numbers of the types a KV cache may have; they are part of the GGUF format.
+KV_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "iq4_nl": 20,
+    "q5_0": 6,
+    "q5_1": 7,
+}
+FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
+LOAD_MODES = {"none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "direct": 4}  # enum llama_load_mode
+MAX_OVERRIDES = 4096  # llama_max_tensor_buft_overrides
+
+
+class _BufferTypeOverride(ctypes.Structure):
+    """``llama_model_tensor_buft_override``"""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+def load_mode(plan: Plan) -> str:
+    """What "auto" means: map the file where all of it stays in RAM, because that starts at once and other
+    processes share the pages; read it where some goes to another device, because host buffers can then be
+    pinned and no page of the file stays behind for what was copied away."""
+    mode = plan.settings.load_mode
+    if mode != "auto":
+        return mode
+    return "none" if plan.placement.devices and plan.placement.n_gpu_layers != 0 else "mmap"
+
+
+def _choice(table: dict[str, int], value: str, what: str) -> int:
+    if value not in table:
+        raise PlanError(f"unknown {what} {value!r}; one of: {', '.join(table)}")
+    return table[value]
+
+
+class Parameters:
+    """What a plan says, ready to be written into llama.cpp's structures. Owns the memory those point to, so
+    it must live as long as the model does.
+
+    Raises:
+        PlanError: a setting that llama.cpp does not know.
+        PatternError, BackendError: an override or a placement names a device that is not here.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        placement = plan.placement
+        if len(placement.overrides) >= MAX_OVERRIDES:
+            raise PatternError(f"{len(placement.overrides)} tensor overrides; llama.cpp takes fewer than 4096")
+        handles = devices.device_handles(placement.devices)
+        self._devices = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+        self._overrides = (_BufferTypeOverride * (len(placement.overrides) + 1))()
+        for slot, override in zip(self._overrides, placement.overrides, strict=False):
+            slot.pattern = override.pattern.encode()
+            slot.buft = devices.buffer_type(override.device)
+        split = placement.tensor_split
+        if len(split) > max(len(handles), 1):
+            raise PlanError(f"tensor_split has {len(split)} shares for {len(handles)} devices")
+        self._split = (ctypes.c_float * llama().llama_max_devices())(*split)
+        self._type_k = _choice(KV_TYPES, plan.settings.type_k, "KV cache type")
+        self._type_v = _choice(KV_TYPES, plan.settings.type_v, "KV cache type")
+        self._flash = _choice(FLASH_ATTENTION, plan.settings.flash_attention, "flash attention setting")
+        self._mode = _choice(LOAD_MODES, load_mode(plan), "load mode")
+        self._flag = ctypes.c_int32(0)
+        self._should_abort = ctypes.cast(native().tt_should_abort, ctypes.c_void_p)
+        self._progress: Any = None
+
+    def edit_model(self, params: Any) -> None:
+        """Writes into a ``llama_model_params``."""
+        placement, settings = self.plan.placement, self.plan.settings
+        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+        params.n_gpu_layers = placement.n_gpu_layers
+        params.tensor_split = self._split
+        params.load_mode = self._mode
+        params.use_extra_bufts = settings.repack
+        if placement.overrides:
+            params.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)
+
+    def edit_context(self, params: Any) -> None:
+        """Writes into a ``llama_context_params`` whose ``n_ctx`` is set."""
+        settings = self.plan.settings
+        params.n_batch = min(params.n_ctx, settings.n_batch)
+        params.n_ubatch = min(params.n_batch, settings.n_ubatch)
+        params.n_seq_max = settings.n_seq_max
+        params.n_threads = threads_for(settings.threads)
+        params.n_threads_batch = threads_for(settings.threads_batch or settings.threads)
+        params.type_k, params.type_v = self._type_k, self._type_v
+        params.flash_attn_type = self._flash
+        params.offload_kqv = self.plan.placement.kv_on_device
+        params.op_offload = settings.op_offload
+        params.swa_full = settings.swa_full
+        params.abort_callback = ctypes.cast(self._should_abort, type(params.abort_callback))
+        params.abort_callback_data = ctypes.addressof(self._flag)
+
+    def on_progress(self, params: Any, callback: Callable[[float], bool]) -> None:
+        """Has llama.cpp report how much of the model is loaded (0 to 1) until ``callback`` returns False."""
+        self._progress = llama().llama_progress_callback(lambda fraction, _data: callback(fraction))
+        params.progress_callback = self._progress
+
+    def abort(self, on: bool) -> None:
+        """Makes llama.cpp give up the computation under way and refuse further ones, until called with False."""
+        native().tt_set_flag(ctypes.addressof(self._flag), 1 if on else 0)
+
+
+_seam = threading.Lock()
+
+
+@contextlib.contextmanager
+def given_to_llama(edit_model: Callable[[Any], None], edit_context: Callable[[Any], None]) -> Iterator[None]:
+    """While it lasts, a ``llama_cpp.Llama`` made in this process loads with the edited parameters.
+
+    The class sets only some fields of llama.cpp's parameters and offers no way to reach the others, so the two
+    functions it loads with are wrapped for the time of one construction. It also sends the process's standard
+    error to nowhere while it loads; that is switched off, for our log handler already keeps the messages.
+    """
+    import llama_cpp._internals as internals
+
+    bindings = llama()
+    with _seam:
+        load, init, suppress = (
+            bindings.llama_model_load_from_file,
+            bindings.llama_init_from_model,
+            internals.suppress_stdout_stderr,
+        )
+
+        def load_edited(path: bytes, params: Any) -> Any:
+            edit_model(params)
+            return load(path, params)
+
+        def init_edited(model: Any, params: Any) -> Any:
+            edit_context(params)
+            return init(model, params)
+
+        bindings.llama_model_load_from_file = load_edited
+        bindings.llama_init_from_model = init_edited
+        internals.suppress_stdout_stderr = lambda disable=True: contextlib.nullcontext()
+        try:
+            yield
+        finally:
+            bindings.llama_model_load_from_file = load
+            bindings.llama_init_from_model = init
+            internals.suppress_stdout_stderr = suppress

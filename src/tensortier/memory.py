@@ -1,0 +1,91 @@
+"""Exact bytes per device for a plan: asks llama.cpp, in a process of its own, without allocating anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from types import TracebackType
+
+from tensortier import errors, planfile
+from tensortier.types import DeviceMemory, Plan
+
+
+class Probe:
+    """Answers many questions about one or more models from one helper process.
+
+    ::
+
+        with memory.Probe() as probe:
+            rows = probe.ask(plan)
+    """
+
+    def __init__(self) -> None:
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tensortier._llama.probe"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+            text=True,
+            encoding="utf-8",
+            # a Ctrl-C at the terminal is for the program that asked, which then closes this one
+            start_new_session=True,
+        )
+
+    def ask(self, plan: Plan) -> tuple[DeviceMemory, ...]:
+        """Bytes of weights, KV cache and compute buffer per device ("CPU" is RAM).
+
+        Raises:
+            ModelFileError, LoadError, PatternError, BackendError, PlanError: as loading the plan would.
+                The message of a LoadError holds the last words of a process that llama.cpp ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(planfile.to_dict(plan)) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise errors.LoadError(f"llama.cpp gives up on {plan.model}: {self._last_words()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise getattr(errors, answer["kind"])(answer["error"])
+        return tuple(DeviceMemory(**row) for row in answer["memory"])
+
+    def _last_words(self) -> str:
+        self._process.wait(timeout=30)
+        self._messages.seek(0)
+        lines = [line.strip() for line in self._messages.read().decode(errors="replace").splitlines()]
+        # An assertion prints where it failed, then a backtrace of addresses and debugger chatter.
+        told = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()] or lines
+        return told[0] if told else f"its process ended with code {self._process.returncode}"
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._messages.close()
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def predict(plan: Plan) -> tuple[DeviceMemory, ...]:
+    """One question; see ``Probe.ask``."""
+    with Probe() as probe:
+        return probe.ask(plan)
