@@ -89,6 +89,8 @@ class ModelInfo:
     recurrent_layers: tuple[bool, ...] = ()  # per layer
     kv_lora_rank: int = 0  # MLA when not 0
     n_rot: int = 0
+    n_layers_nextn: int = 0  # the last of n_layers that only draft tokens (MTP) and do not run otherwise
+    tied_output: bool = False  # no output.weight: llama.cpp loads token_embd a second time as the output layer
     chat_template: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -254,6 +256,7 @@ class GenerationStats:
     completion_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_seconds: float = 0.0
+    decode_steps: int = 0  # tokens chosen after the first, the end-of-text token included
     finish_reason: str | None = None
 
     @property
@@ -263,6 +266,5 @@ class GenerationStats:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """The first token comes out of the prompt's computation, so n tokens take n - 1 decode steps."""
-        n = self.completion_tokens - 1
-        return n / self.decode_seconds if self.decode_seconds > 0 and n > 0 else 0.0
+        """The first token comes out of the prompt's computation, so it is no decode step."""
+        return self.decode_steps / self.decode_seconds if self.decode_seconds > 0 else 0.0
