@@ -1,0 +1,135 @@
+"""From an engine's pieces to the terminal: streaming, the line of speeds, the JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from tensortier.cli.common import note, readable_size
+from tensortier.cli.worker import EngineThread
+from tensortier.errors import Cancelled
+from tensortier.types import GenerationStats, Piece, Plan
+
+if TYPE_CHECKING:
+    from tensortier.engine import Engine
+
+CANCELLED = "cancelled"  # the finish_reason of an answer that Ctrl-C ended
+
+# On a terminal, a model's text must not move the cursor or change settings: C0 and C1 controls but tab and
+# newline are left out. Piped, the text is passed on as it is.
+_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished or cancelled answer."""
+
+    text: str
+    finish_reason: str | None  # of the engine, or "cancelled"
+    stats: GenerationStats
+
+    @property
+    def cancelled(self) -> bool:
+        return self.finish_reason == CANCELLED
+
+
+def stream_answer(
+    engine: Engine, worker: EngineThread, request: Callable[[], Iterable[Piece]], *, show: bool
+) -> Answer:
+    """Run ``request`` (a call of the engine) in ``worker`` and gather its text; with ``show`` write it to
+    standard output as it comes, ended by a newline. Ctrl-C keeps what there is."""
+    parts: list[str] = []
+    reason: str | None = None
+    last = "\n"
+    terminal = show and sys.stdout.isatty()
+    try:
+        for piece in worker.stream(request, engine.cancel):
+            parts.append(piece.text)
+            reason = piece.finish_reason or reason
+            shown = piece.text.translate(_CONTROLS) if terminal else piece.text
+            if show and shown:
+                sys.stdout.write(shown)
+                sys.stdout.flush()
+                last = shown
+    except Cancelled:
+        reason = CANCELLED
+    if show and not last.endswith("\n"):
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    stats = engine.stats
+    return Answer("".join(parts), reason or stats.finish_reason, stats)
+
+
+def speed_line(stats: GenerationStats) -> str:
+    """Prompt and decode speed of one request, on one line, in tokens/s."""
+    cached = f" ({stats.cached_tokens} of them cached)" if stats.cached_tokens else ""
+    return (
+        f"prompt: {stats.prompt_tokens} tokens{cached}, {stats.prompt_tokens_per_second:.1f} tokens/s; "
+        f"answer: {stats.completion_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s"
+    )
+
+
+def devices_json(engine: Engine) -> list[dict[str, Any]]:
+    """Per device what the plan said and what llama.cpp allocated, in bytes."""
+
+    def sizes(memory: Any) -> dict[str, int] | None:
+        if memory is None:
+            return None
+        return {key: value for key, value in asdict(memory).items() if key != "device"}
+
+    return [
+        {"device": r.device, "planned": sizes(r.planned), "allocated": sizes(r.allocated)}
+        for r in engine.memory
+    ]
+
+
+def answer_json(engine: Engine, plan: Plan, answer: Answer) -> str:
+    """The one object that ``run --json`` prints."""
+    stats = answer.stats
+    return json.dumps(
+        {
+            "model": plan.model,
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": stats.cached_tokens,
+            "completion_tokens": stats.completion_tokens,
+            "prompt_seconds": stats.prompt_seconds,
+            "decode_seconds": stats.decode_seconds,
+            "prompt_tokens_per_second": stats.prompt_tokens_per_second,
+            "decode_tokens_per_second": stats.decode_tokens_per_second,
+            "load_seconds": engine.load_seconds,
+            "context": engine.n_ctx,
+            "devices": devices_json(engine),
+            "reasons": list(plan.reasons),
+            "warnings": list(plan.warnings),
+        },
+        indent=2,
+        ensure_ascii=False,
+    )
+
+
+def memory_lines(engine: Engine) -> Sequence[str]:
+    """One line per device for a reader: what is allocated and what was planned."""
+    lines = []
+    for report in engine.memory:
+        got = report.allocated
+        planned = f" (planned {readable_size(report.planned.total_bytes)})" if report.planned else ""
+        lines.append(
+            f"{report.device}: {readable_size(got.total_bytes)}{planned}: "
+            f"weights {readable_size(got.weights_bytes)}, KV cache {readable_size(got.kv_bytes)}, "
+            f"compute {readable_size(got.compute_bytes)}"
+        )
+    return lines
+
+
+def print_plan(plan: Plan, *, quiet: bool) -> None:
+    """The plan's warnings, and unless ``quiet`` its reasons, on standard error."""
+    if not quiet:
+        for reason in plan.reasons:
+            note(reason)
+    for warning in plan.warnings:
+        note(f"tensortier: warning: {warning}")

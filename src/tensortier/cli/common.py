@@ -1,0 +1,52 @@
+"""What several commands share: the console, JSON output, the verbose switch, sizes for reading."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PIPED_WIDTH = 140  # columns of a table that no terminal limits
+_verbose = False
+
+
+def set_verbose(value: bool) -> None:
+    """Remember for this process whether unexpected errors show their traceback."""
+    global _verbose
+    _verbose = value
+
+
+def is_verbose() -> bool:
+    return _verbose
+
+
+def console() -> Console:
+    """The console for tables on standard output: coloured on a terminal only, wide when piped."""
+    from rich.console import Console
+
+    limited = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if limited else _PIPED_WIDTH)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output. ``value`` is what ``json`` takes, or JSON text already."""
+    print(value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def readable_size(nbytes: int) -> str:
+    """``nbytes`` in the binary unit that reads best: "812.0 MiB"."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

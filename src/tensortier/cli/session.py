@@ -1,0 +1,228 @@
+"""From the checked options of ``run`` to a loaded engine and its answers."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from tensortier.chat import Chat, Conversation, Message, Reply
+from tensortier.cli.answer import (
+    Answer,
+    answer_json,
+    memory_lines,
+    print_plan,
+    speed_line,
+    stream_answer,
+)
+from tensortier.cli.common import note
+from tensortier.cli.worker import EXIT_INTERRUPTED, EngineThread
+from tensortier.errors import UsageError
+from tensortier.types import Plan, Sampling, Settings
+
+if TYPE_CHECKING:
+    from tensortier.engine import Engine
+
+_WAIT_SECONDS = 2.0  # for piped data, before a line says what the program waits for
+
+
+@dataclass(frozen=True)
+class Manual:
+    """Placement as llama.cpp's users give it: the arguments of ``placement.from_flags``. The defaults are
+    what nothing given means."""
+
+    n_gpu_layers: int | None = None
+    override_tensors: Sequence[str] = ()
+    cpu_moe: bool = False
+    n_cpu_moe: int | None = None
+    n_cpu_ffn: int | None = None
+    tensor_split: Sequence[float] | None = None
+    devices: Sequence[str] | None = None
+    kv_on_device: bool = True
+
+    @property
+    def given(self) -> bool:
+        return self != Manual()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``run`` was asked. ``prompt`` None is a chat."""
+
+    model: str
+    prompt: str | None
+    system: str | None
+    raw: bool
+    json: bool
+    verbose: bool
+    quiet: bool
+    sampling: Sampling
+    settings: Settings
+    manual: Manual
+    rpc: Sequence[str]
+
+
+def _read_text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"{what} {path} is not UTF-8 text") from exc
+    except OSError as exc:
+        raise UsageError(f"{what} {path} cannot be read: {exc.strerror or exc}") from exc
+
+
+def read_grammar(path: Path) -> str:
+    """The grammar file's text. Raises UsageError."""
+    return _read_text(path, "the grammar file")
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str | None:
+    """The one-shot prompt: ``-p`` or ``-f``, then a blank line and what is piped in, or that alone. None when
+    nothing is given and standard input is a terminal. Raises UsageError for an empty one."""
+    if prompt is not None and file is not None:
+        raise UsageError("-p and -f both give the prompt: use one of them")
+    if file is not None:
+        prompt = _read_text(file, "the prompt file")
+    parts = [] if prompt is None else [prompt]
+    if sys.stdin is not None and not sys.stdin.isatty():
+        piped = _read_standard_input()
+        if piped.strip():
+            parts.append(piped)
+    elif prompt is None:
+        return None
+    text = "\n\n".join(part.strip("\n") for part in parts) if len(parts) > 1 else "".join(parts)
+    if not text.strip():
+        where = "standard input" if prompt is None else "the prompt"
+        raise UsageError(f"{where} is empty: give -p TEXT, -f FILE, or pipe a prompt in")
+    return text
+
+
+def _read_standard_input() -> str:
+    # Someone's script may hold the other end open without knowing: say what is being waited for.
+    timer = threading.Timer(_WAIT_SECONDS, note, ("reading standard input to its end ...",))
+    timer.daemon = True
+    timer.start()
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise UsageError("standard input is not UTF-8 text") from exc
+    finally:
+        timer.cancel()
+
+
+def make_plan(request: Request) -> Plan:
+    """Read the model's header and the machine, and place everything. Raises the exceptions of those parts."""
+    from tensortier import gguf, hardware, library, placement, planner
+
+    if gguf.is_remote(request.model):
+        raise UsageError(
+            f"{request.model} is a remote file: run needs one on this machine, download it first"
+        )
+    source = library.find(request.model)
+    model = gguf.read(source)
+    machine = hardware.probe(source, rpc=request.rpc)
+    if not request.manual.given:
+        return planner.simple_plan(model, machine, request.settings, rpc=request.rpc)
+    placed, warnings = placement.from_flags(model, machine, **vars(request.manual))
+    return planner.manual_plan(model, machine, request.settings, placed, rpc=request.rpc, warnings=warnings)
+
+
+@contextmanager
+def _progress_bar(show: bool) -> Iterator[Callable[[float], None] | None]:
+    """A function that takes the loaded fraction, 0 to 1. The bar is gone at the end."""
+    if not show:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("loading"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("loading", total=1.0)
+        yield lambda fraction: progress.update(task, completed=fraction)
+
+
+def run_session(request: Request) -> None:
+    """Plan, load, answer. Raises ``typer.Exit(130)`` after a Ctrl-C that ended it."""
+    plan = make_plan(request)
+    print_plan(plan, quiet=request.quiet)
+    worker = EngineThread()
+    try:
+        engine = _load(plan, worker, request)
+        try:
+            if request.prompt is None:
+                _chat(engine, worker, request)
+            else:
+                _one_shot(engine, worker, plan, request, request.prompt)
+        finally:
+            worker.call(engine.close, lambda: None)
+    finally:
+        worker.close()
+
+
+def _load(plan: Plan, worker: EngineThread, request: Request) -> Engine:
+    from tensortier.engine import Engine
+
+    cancel = threading.Event()
+    bar = sys.stderr.isatty() and not request.quiet and not request.verbose
+    with _progress_bar(bar) as progress:
+        make = partial(Engine, plan, progress=progress, verbose=request.verbose, cancel=cancel)
+        return worker.call(make, cancel.set)
+
+
+def _one_shot(engine: Engine, worker: EngineThread, plan: Plan, request: Request, prompt: str) -> None:
+    if request.raw:
+        ask = partial(engine.complete, prompt, request.sampling)
+    else:
+        messages = Conversation(request.model, request.system).messages
+        messages.append({"role": "user", "content": prompt})
+        ask = partial(engine.chat, messages, request.sampling)
+    answer = stream_answer(engine, worker, ask, show=not request.json)
+    if request.json:
+        print(answer_json(engine, plan, answer))
+    if not request.quiet:
+        note(speed_line(answer.stats))
+    if answer.cancelled:
+        note("tensortier: interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _chat(engine: Engine, worker: EngineThread, request: Request) -> None:
+    latest: Answer | None = None
+
+    def answer(messages: list[Message]) -> Reply:
+        nonlocal latest
+        # a copy: the engine may keep what it is given, the conversation goes on
+        ask = partial(engine.chat, list(messages), request.sampling)
+        latest = stream_answer(engine, worker, ask, show=True)
+        if not request.quiet:
+            note(speed_line(latest.stats) + ("; interrupted" if latest.cancelled else ""))
+        return Reply(latest.text, latest.cancelled)
+
+    def stats() -> list[str]:
+        first = "no answer yet" if latest is None else speed_line(latest.stats)
+        used = 0 if latest is None else latest.stats.prompt_tokens + latest.stats.completion_tokens
+        loaded = f"context: {used} of {engine.n_ctx} tokens; loaded in {engine.load_seconds:.1f} s"
+        return [first, loaded, *memory_lines(engine)]
+
+    if not request.quiet:
+        note("Chat with " + request.model + "; /help lists the commands, Ctrl-D leaves")
+    conversation = Conversation(request.model, request.system)
+    chat = Chat(conversation, answer, stats=stats, read_line=_line_reader(), say=note)
+    if not chat.run():
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _line_reader() -> Callable[[str], str]:
+    """Reads a line from the terminal, with editing and history where Python has readline."""
+    with suppress(ImportError):  # Windows has none: its console edits lines by itself
+        import readline  # noqa: F401  importing it is what gives input() its editing
+    return input
