@@ -1,0 +1,189 @@
+"""Which device each tensor lands on: llama.cpp's own rules, and the command line's way of saying it."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+from tensortier.errors import PatternError, UsageError
+from tensortier.patterns import compile_pattern
+from tensortier.types import Device, Hardware, ModelInfo, Override, Placement, Role, Tensor
+
+# The patterns behind llama.cpp's --cpu-moe, --n-cpu-moe and --n-cpu-ffn (common/common.h).
+EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+DENSE_FFN = r"\.ffn_(up|down|gate)\."
+
+
+def threads_for(asked: int) -> int:
+    """``asked``, or where that is 0 the number of physical cores this process may use: a second thread on a
+    core adds nothing to work that waits for memory."""
+    if asked > 0:
+        return asked
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def gpus(hardware: Hardware) -> tuple[Device, ...]:
+    """The devices llama.cpp offloads to by default, in its order: remote servers, then cards, and integrated
+    graphics only where there is no card."""
+    remote = [d for d in hardware.devices if d.kind == "gpu" and d.backend == "RPC"]
+    cards = [d for d in hardware.devices if d.kind == "gpu" and d.backend != "RPC"]
+    integrated = [d for d in hardware.devices if d.kind == "igpu"]
+    return (*remote, *(cards or integrated))
+
+
+def layer_devices(model: ModelInfo, placement: Placement, free: Mapping[str, int]) -> tuple[str, ...]:
+    """The device of every layer and, last, of the output: ``n_layers + 1`` names.
+
+    The last ``n_gpu_layers`` of them are offloaded, shared out over the devices in proportion to
+    ``tensor_split``, or to ``free`` bytes where that is empty (llama_model_base::load_tensors).
+    """
+    total = model.n_layers + 1
+    offloaded = total if placement.n_gpu_layers < 0 else min(placement.n_gpu_layers, total)
+    if not placement.devices:
+        offloaded = 0
+    shares = list(placement.tensor_split) or [float(free.get(d, 0)) for d in placement.devices]
+    shares += [0.0] * (len(placement.devices) - len(shares))
+    if not any(shares):
+        shares = [1.0] * len(placement.devices)
+    ends = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
+    first = total - offloaded
+    return tuple(
+        "CPU" if i < first else placement.devices[bisect.bisect_right(ends, (i - first) / offloaded)]
+        for i in range(total)
+    )
+
+
+def resolve(model: ModelInfo, placement: Placement, free: Mapping[str, int]) -> dict[str, str]:
+    """Where each tensor goes: {tensor name: device name}. ``free``: free bytes per device.
+
+    A tied embedding is read as the output as well; where the output is offloaded llama.cpp keeps a second copy
+    there, which has no name of its own and is not in the answer.
+    """
+    layers = layer_devices(model, placement, free)
+    patterns = [(compile_pattern(o.pattern), o.device) for o in placement.overrides]
+    answer = {}
+    for tensor in model.tensors:
+        device = _home(tensor, layers)
+        for pattern, target in patterns:
+            if pattern.search(tensor.name):
+                device = target
+                break
+        answer[tensor.name] = device
+    return answer
+
+
+def _home(tensor: Tensor, layers: Sequence[str]) -> str:
+    if tensor.layer is not None:
+        return layers[min(tensor.layer, len(layers) - 1)]
+    # The input layer stays on the CPU always.
+    return layers[-1] if tensor.role in (Role.OUTPUT, Role.NORM) else "CPU"
+
+
+def bytes_per_device(model: ModelInfo, where: Mapping[str, str]) -> dict[str, int]:
+    """Bytes of weights per device, of a resolved placement."""
+    totals: dict[str, int] = {}
+    for tensor in model.tensors:
+        totals[where[tensor.name]] = totals.get(where[tensor.name], 0) + tensor.nbytes
+    return totals
+
+
+def from_flags(
+    model: ModelInfo,
+    hardware: Hardware,
+    *,
+    n_gpu_layers: int | None = None,
+    override_tensors: Sequence[str] = (),
+    cpu_moe: bool = False,
+    n_cpu_moe: int | None = None,
+    n_cpu_ffn: int | None = None,
+    tensor_split: Sequence[float] | None = None,
+    devices: Sequence[str] | None = None,
+    kv_on_device: bool = True,
+) -> tuple[Placement, tuple[str, ...]]:
+    """The placement that llama.cpp's options of these names mean, and a warning for each that does nothing.
+
+    ``override_tensors``: each ``PATTERN=DEVICE``, several in one text separated by commas, first match wins.
+    ``n_gpu_layers``: None means all, as in llama.cpp. ``devices``: None means all GPUs; ``["none"]`` none.
+
+    Raises:
+        UsageError: a number out of range, or a device that is not here (the message lists them).
+        PatternError: a pattern that is no regular expression, or has no device behind it.
+    """
+    chosen = _devices(hardware, devices)
+    if n_gpu_layers is not None and n_gpu_layers < -1:
+        raise UsageError(f"--gpu-layers must be -1 (all) or more, not {n_gpu_layers}")
+    # what each option asked for, so that one that does nothing can be named
+    asked = [
+        (f"the pattern {o.pattern!r} matches no tensor of this model", [o])
+        for text in override_tensors
+        for o in _parse_overrides(text, hardware)
+    ]
+    if cpu_moe:
+        asked.append(("--cpu-moe does nothing: this model has no experts", [Override(EXPERTS, "CPU")]))
+    for option, count, pattern, what in (
+        ("--n-cpu-moe", n_cpu_moe, EXPERTS, "experts"),
+        ("--n-cpu-ffn", n_cpu_ffn, DENSE_FFN, "dense feed-forward tensors"),
+    ):
+        if count is None:
+            continue
+        if count < 0:
+            raise UsageError(f"{option} must be 0 or more, not {count}")
+        layers = [Override(rf"blk\.{i}{pattern}", "CPU") for i in range(min(count, model.n_layers))]
+        asked.append((f"{option} {count} does nothing: no {what} in the first {count} layers", layers))
+    split = tuple(tensor_split or ())
+    if any(share < 0 for share in split) or (split and not any(split)):
+        raise UsageError("--tensor-split takes shares of 0 or more, not all 0")
+    if len(split) > len(chosen):
+        raise UsageError(f"--tensor-split has {len(split)} shares, but there are {len(chosen)} devices")
+    placement = Placement(
+        devices=chosen,
+        n_gpu_layers=-1 if n_gpu_layers is None else n_gpu_layers,
+        tensor_split=split,
+        overrides=tuple(o for _, overrides in asked for o in overrides),
+        kv_on_device=kv_on_device,
+    )
+    warnings = [
+        message
+        for message, overrides in asked
+        if not any(compile_pattern(o.pattern).search(t.name) for o in overrides for t in model.tensors)
+    ]
+    if not chosen and n_gpu_layers:
+        warnings.append(f"--gpu-layers {n_gpu_layers} does nothing: there is no GPU here")
+    return placement, tuple(warnings)
+
+
+def _devices(hardware: Hardware, names: Sequence[str] | None) -> tuple[str, ...]:
+    if names is None:
+        return tuple(d.name for d in gpus(hardware))
+    if list(names) == ["none"]:
+        return ()
+    return tuple(device_name(hardware, name, "--device") for name in names)
+
+
+def device_name(hardware: Hardware, name: str, option: str) -> str:
+    """The full name of a device: as given, or the only one that begins so ("RPC0" for "RPC0[host:port]").
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    known = [d.name for d in hardware.devices]
+    if name in known:
+        return name
+    alike = [k for k in known if k.lower() == name.lower() or k.lower().startswith(name.lower() + "[")]
+    if len(alike) == 1:
+        return alike[0]
+    raise UsageError(f"{option}: there is no device {name!r} here; there are: {', '.join(known)}")
+
+
+def _parse_overrides(text: str, hardware: Hardware) -> Iterable[Override]:
+    for part in text.split(","):
+        pattern, equals, device = part.partition("=")
+        if not equals or not pattern:
+            raise PatternError(f"--override-tensor takes PATTERN=DEVICE, not {part!r}")
+        compile_pattern(pattern)
+        yield Override(pattern, device_name(hardware, device, "--override-tensor"))
+

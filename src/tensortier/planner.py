@@ -1,0 +1,173 @@
+"""From a model and a machine to a plan: where every tensor goes, proved by llama.cpp before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from tensortier import memory, placement
+from tensortier.types import DeviceMemory, Hardware, ModelInfo, Override, Placement, Plan, Settings, Tensor
+
+GIB = 1 << 30
+# Kept free on every GPU, as llama.cpp's own --fit does: its breakdown leaves out the driver's context and pools.
+DEVICE_MARGIN = 1 * GIB
+
+
+def manual_plan(
+    model: ModelInfo,
+    hardware: Hardware,
+    settings: Settings,
+    place: Placement,
+    *,
+    rpc: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> Plan:
+    """The plan for a placement that somebody chose: its memory is predicted, and what does not fit is said.
+
+    Raises:
+        LoadError, ModelFileError: llama.cpp would refuse to load it so.
+    """
+    plan = Plan(model=model.path, placement=place, settings=settings, rpc=tuple(rpc))
+    rows = memory.predict(plan)
+    return dataclasses.replace(
+        plan,
+        memory=rows,
+        reasons=("placed by hand",),
+        warnings=(*warnings, *_shortages(hardware, rows)),
+    )
+
+
+def simple_plan(
+    model: ModelInfo, hardware: Hardware, settings: Settings, *, rpc: Sequence[str] = ()
+) -> Plan:
+    """Everything on the GPUs if it fits; else attention and KV cache there first and as many feed-forward
+    tensors as fit beside them; else as many whole layers as fit; else all in RAM.
+
+    "Fits" is llama.cpp's own answer (``memory.Probe``) against free memory less ``DEVICE_MARGIN``.
+
+    Raises:
+        LoadError, ModelFileError: llama.cpp would not load this model at all.
+    """
+    plan = Plan(model=model.path, settings=settings, rpc=tuple(rpc))
+    gpus = placement.gpus(hardware)
+    room = {d.name: _room(d.memory_free, d.memory_total) for d in gpus}
+    with memory.Probe() as probe:
+        if not gpus:
+            return _finish(plan, hardware, probe.ask(plan), ["no GPU here: all weights and the KV cache in RAM"])
+        names = tuple(room)
+        plan = dataclasses.replace(plan, placement=Placement(devices=names, n_gpu_layers=-1))
+        rows = probe.ask(plan)
+        if not _excess(rows, room):
+            return _finish(plan, hardware, rows, ["everything fits on " + " and ".join(names)])
+        spilled = _spill(probe, plan, model, room)
+        if spilled is not None:
+            plan, rows, moved = spilled
+            reason = (
+                f"attention and KV cache on {' and '.join(names)}; {_gib(moved)} of feed-forward weights do not fit "
+                "beside them and are computed by the CPU"
+            )
+            return _finish(plan, hardware, rows, [reason])
+        plan, rows = _whole_layers(probe, plan, model, room)
+        layers = plan.placement.n_gpu_layers
+        if layers:
+            reason = (
+                f"not even all attention and KV cache fit on {' and '.join(names)}: "
+                f"{layers} of {model.n_layers + 1} layers there without their feed-forward weights, the rest in RAM"
+            )
+        else:
+            reason = f"nothing useful fits on {' and '.join(names)}: all in RAM"
+        return _finish(plan, hardware, rows, [reason])
+
+
+def _room(free: int, total: int) -> int:
+    """Bytes we may fill of a device: free memory less the margin, which on a tiny device is a tenth of it."""
+    return max(0, free - min(DEVICE_MARGIN, total // 10))
+
+
+def _excess(rows: Sequence[DeviceMemory], room: Mapping[str, int]) -> dict[str, int]:
+    """Bytes over the room of each device that is too full."""
+    return {
+        r.device: r.total_bytes - room[r.device]
+        for r in rows
+        if r.device in room and r.total_bytes > room[r.device]
+    }
+
+
+def _spill(
+    probe: memory.Probe, plan: Plan, model: ModelInfo, room: Mapping[str, int]
+) -> tuple[Plan, tuple[DeviceMemory, ...], int] | None:
+    """All layers offloaded, and just enough feed-forward tensors moved to the CPU, last layers first and routed
+    experts before dense ones. None when that is not enough. The bytes of what was moved come third."""
+    where = placement.resolve(model, plan.placement, room)
+    queue: dict[str, list[Tensor]] = {name: [] for name in room}
+    candidates = [t for t in model.tensors if t.role.is_routed_expert or t.role.is_dense_ffn]
+    for tensor in sorted(candidates, key=lambda t: (t.role.is_routed_expert, t.layer or 0, t.nbytes)):
+        if where[tensor.name] in queue:
+            queue[where[tensor.name]].append(tensor)
+    moved: list[Tensor] = []
+    # Moving weights changes the compute buffers too, so ask again until it fits; every round moves something.
+    while excess := _excess(rows := probe.ask(plan), room):
+        for device, over in excess.items():
+            while over > 0 and queue[device]:
+                moved.append(tensor := queue[device].pop())
+                over -= tensor.nbytes
+            if over > 0:
+                return None
+        overrides = compact(moved)
+        plan = dataclasses.replace(plan, placement=dataclasses.replace(plan.placement, overrides=overrides))
+    return plan, rows, sum(t.nbytes for t in moved)
+
+
+def _whole_layers(
+    probe: memory.Probe, plan: Plan, model: ModelInfo, room: Mapping[str, int]
+) -> tuple[Plan, tuple[DeviceMemory, ...]]:
+    """The most layers that fit while all feed-forward weights stay on the CPU, found by bisection."""
+    spill_all = compact([t for t in model.tensors if t.role.is_routed_expert or t.role.is_dense_ffn])
+
+    def at(n: int) -> Plan:
+        place = Placement(plan.placement.devices, n, overrides=spill_all) if n else Placement()
+        return dataclasses.replace(plan, placement=place)
+
+    low, high = 0, model.n_layers + 1  # low fits (on no device at all), high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _excess(probe.ask(at(middle)), room):
+            high = middle
+        else:
+            low = middle
+    return at(low), probe.ask(at(low))
+
+
+def compact(tensors: Sequence[Tensor]) -> tuple[Override, ...]:
+    """Anchored overrides that send exactly these block tensors to the CPU: one for each kind of tensor."""
+    layers: dict[str, set[int]] = {}
+    for tensor in tensors:
+        assert tensor.layer is not None
+        layers.setdefault(tensor.name.split(".", 2)[2], set()).add(tensor.layer)
+    return tuple(
+        Override(rf"^blk\.({'|'.join(map(str, sorted(numbers)))})\.{suffix.replace('.', chr(92) + '.')}$", "CPU")
+        for suffix, numbers in sorted(layers.items())
+    )
+
+
+def _finish(
+    plan: Plan, hardware: Hardware, rows: tuple[DeviceMemory, ...], reasons: Sequence[str]
+) -> Plan:
+    return dataclasses.replace(
+        plan, memory=rows, reasons=tuple(reasons), warnings=tuple(_shortages(hardware, rows))
+    )
+
+
+def _shortages(hardware: Hardware, rows: Sequence[DeviceMemory]) -> list[str]:
+    """A warning for each memory that the plan overfills."""
+    free = {d.name: d.memory_free for d in hardware.devices}
+    free["CPU"] = hardware.ram_available
+    return [
+        f"{r.device} has {_gib(free[r.device])} free and the plan needs {_gib(r.total_bytes)}"
+        for r in rows
+        if r.device in free and r.total_bytes > free[r.device]
+    ]
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB"

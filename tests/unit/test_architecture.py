@@ -1,0 +1,113 @@
+"""The layout's promises: import directions, what stays light, who touches ctypes, the public names."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tensortier
+
+SOURCE = Path(tensortier.__file__).parent if (Path(tensortier.__file__).parent / "types.py").exists() else None
+PACKAGE = SOURCE or Path(__file__).parents[2] / "src" / "tensortier"
+
+# What each module may import of the package, besides itself. Lower rows may use higher ones, never back.
+ALLOWED: dict[str, set[str]] = {
+    "types": set(),
+    "errors": set(),
+    "paths": set(),
+    "patterns": {"errors"},
+    "gguf": {"types", "errors"},
+    "inspect": {"types", "errors", "gguf", "patterns"},
+    "cuda_toolkit": {"errors", "paths"},
+    "backends": {"errors", "paths", "cuda_toolkit"},
+    "hardware": {"types", "errors"},
+    "library": {"types", "errors", "paths", "gguf"},
+    "placement": {"types", "errors", "patterns"},
+    "planfile": {"types", "errors"},
+    "memory": {"types", "errors", "planfile"},
+    "planner": {"types", "errors", "placement", "memory"},
+    "_llama": {"types", "errors", "backends", "placement", "planfile"},
+    "engine": {"types", "errors", "_llama"},
+    "chat": {"types", "errors"},
+}
+
+
+def modules() -> dict[str, list[Path]]:
+    """Top-level names of the package -> their files."""
+    found: dict[str, list[Path]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        top = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        found.setdefault(top, []).append(path)
+    return found
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names of the package that a file imports at any depth, type-checking imports included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module] + [f"{node.module}.{a.name}" for a in node.names]
+        else:
+            continue
+        found |= {n.split(".")[1] for n in names if n.startswith("tensortier.")}
+    return found & set(modules())
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_imports_point_one_way(name: str) -> None:
+    for path in modules()[name]:
+        extra = imports_of(path) - ALLOWED[name] - {name}
+        assert not extra, f"{path.name} imports {sorted(extra)}"
+
+
+def test_every_module_has_a_place() -> None:
+    assert set(modules()) == set(ALLOWED) | {"__init__", "__main__", "cli"}
+
+
+def test_only_the_border_touches_ctypes() -> None:
+    users = {
+        top
+        for top, paths in modules().items()
+        for path in paths
+        if "import ctypes" in path.read_text() or "from ctypes" in path.read_text()
+    }
+    assert users <= {"_llama", "tier", "calibrate"}
+
+
+PLANNING = ["types", "errors", "gguf", "inspect", "hardware", "library", "placement", "memory", "planner", "planfile"]
+
+
+def test_planning_loads_no_native_library() -> None:
+    code = "import sys\n" + "".join(f"import tensortier.{m}\n" for m in PLANNING)
+    code += "print([m for m in ('ctypes', 'llama_cpp', 'numpy') if m in sys.modules])"
+    # -I: without site customisation that could load ctypes by itself
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = result.stdout.strip()
+    baseline = subprocess.run(
+        [sys.executable, "-c", "import sys; print([m for m in ('ctypes', 'llama_cpp', 'numpy') if m in sys.modules])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    assert loaded == baseline
+
+
+def test_public_names() -> None:
+    assert tensortier.__all__ == [
+        "Engine",
+        "ModelInfo",
+        "Placement",
+        "Plan",
+        "Sampling",
+        "Settings",
+        "TensortierError",
+        "__version__",
+    ]
+    for name in tensortier.__all__:
+        assert getattr(tensortier, name) is not None
