@@ -86,7 +86,7 @@ def _invoke(arguments: list[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0; 1 for an error; 2 for a request that makes no sense as
-    written; 130 after Ctrl-C; 141 when the reader of standard output has gone.
+    written; 130 after Ctrl-C. Not 0, and without a word, when the reader of standard output has gone.
 
     ``arguments`` are those after the program's name; None takes the process's own.
     """

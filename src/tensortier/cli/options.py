@@ -100,7 +100,7 @@ def tensor_split(text: str | None) -> tuple[float, ...] | None:
 
 
 def device_list(values: Sequence[str] | None) -> tuple[str, ...] | None:
-    """``--device``: names joined by commas; "none" is the empty list, nothing given is None."""
+    """``--device``: names joined by commas, or ("none",); None where nothing is given. Raises UsageError."""
     if values is None:
         return None
     names = split_list(values)
@@ -108,7 +108,7 @@ def device_list(values: Sequence[str] | None) -> tuple[str, ...] | None:
         raise UsageError(
             "--device needs a name; 'tensortier hardware' lists them, 'none' keeps all on the CPU"
         )
-    return () if names == ("none",) else names
+    return names
 
 
 def sampling(values: Sampling) -> Sampling:

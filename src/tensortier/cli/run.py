@@ -340,7 +340,8 @@ def run(
             "-ngl",
             "--n-gpu-layers",
             metavar="N",
-            help="Layers on the GPU, counted from the last: a number, 'all' or 'auto'.",
+            help="Layers on the GPU, counted from the last: a number, 'all' (so too when only other "
+            "placement options are given), or 'auto' for the automatic plan.",
             rich_help_panel=_PLACE,
         ),
     ] = None,
