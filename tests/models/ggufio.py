@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,25 @@ def published(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def copy_fields(source: gguf.GGUFReader, keep: str) -> dict[str, Any]:
-    """The metadata of ``source`` whose keys start with ``keep``, ready for :func:`write_header`."""
-    return {key: field for key, field in source.fields.items() if key.startswith(keep)}
+@dataclass(frozen=True)
+class Copied:
+    """A metadata value with the types it has in the file it comes from."""
+
+    value: Any
+    types: tuple[gguf.GGUFValueType, ...]
+
+
+@cache
+def fields(path: Path, prefix: str) -> Mapping[str, Copied]:
+    """The metadata of a file whose keys start with ``prefix``, ready for :func:`write_header`."""
+    found = gguf.GGUFReader(path).fields
+    return {k: Copied(f.contents(), tuple(f.types)) for k, f in found.items() if k.startswith(prefix)}
 
 
 def write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Sequence[Spec]) -> list[int]:
     """Write everything up to the tensor data; returns each tensor's offset from the start of the file.
 
-    Values may be Python scalars, lists or fields of a ``gguf.GGUFReader``. Integers become UINT32, floats
+    Values may be Python scalars, lists or what :func:`fields` returns. Integers become UINT32, floats
     FLOAT32, as llama.cpp's converter writes them.
     """
     writer = gguf.GGUFWriter(path, arch)
@@ -79,9 +90,9 @@ def write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Se
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     kinds = gguf.GGUFValueType
-    if isinstance(value, gguf.ReaderField):
+    if isinstance(value, Copied):
         element = value.types[1] if len(value.types) > 1 else None
-        writer.add_key_value(key, value.contents(), value.types[0], sub_type=element)
+        writer.add_key_value(key, value.value, value.types[0], sub_type=element)
     elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

@@ -1,4 +1,4 @@
-"""llama.cpp through its plain C interface: no-allocation loads, and logits with any graph node beside them."""
+"""llama.cpp's plain C interface: loads without allocation, and logits with any graph node beside them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 
 @contextmanager
 def model(path: Path, **fields: Any) -> Iterator[Any]:
-    """A loaded ``llama_model *``; ``fields`` are set on the ``llama_model_params``. RuntimeError if refused."""
+    """A loaded ``llama_model *``; ``fields`` are set on its parameters. RuntimeError if it is refused."""
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     for key, value in fields.items():
@@ -69,8 +69,7 @@ def evaluate(
 ) -> tuple[Floats, dict[str, Floats]]:
     """Logits ``[token, vocabulary]`` of a sequence, and the graph's f32 nodes of the given names.
 
-    A node is returned as ``[token, width]``; of those a graph has more than once (Flash attention never does
-    that here) the last one wins.
+    A node is returned as ``[token, width]``; where a graph has the name more than once, the last one wins.
     """
     wanted = frozenset(nodes)
     seen: dict[str, Floats] = {}

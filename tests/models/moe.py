@@ -1,13 +1,14 @@
 """A mixture of experts with real weights, made from SmolLM2-135M.
 
-In each layer expert e of 8 holds the feed-forward neurons i with (i - e) mod 8 != 0, its down projection scaled
-by 8/7 to make up for the missing eighth; two experts are used per token. The router is fitted to the layer's
-own inputs, so that routing has the locality and the predictability from layer to layer of a real model, and the
-text stays coherent.
+In each layer expert e of 8 holds the feed-forward neurons i with (i - e) mod 8 != 0, its down projection
+scaled by 8/7 to make up for the missing eighth; two experts are used per token. The router is fitted to the
+layer's own inputs, so that routing has the locality and the predictability from layer to layer of a real model,
+and the text stays coherent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,8 @@ from tests.models import ggufio, llamacpp, smollm2
 VERSION = "1"  # part of the cache's key: raise it when the file's content changes
 N_EXPERT, N_USED = 8, 2
 FIT_TOKENS = 1000
-RIDGE = 30.0  # per fitted token count of 1000, in units of the normed input's mean square
+RIDGE = 300.0  # per thousand fitted tokens, in units of the inputs' mean square
+SKEW = 0.2  # share of each cluster's mean score that stays: some experts are used more, none is left out
 SPREAD = 0.15  # standard deviation of the router's logits: normalized top-2 weights stay near 1/2
 QTYPE_DOWN = "Q8_0"
 
@@ -56,8 +58,8 @@ def build(path: Path) -> Path:
             parts.append((spec, weights))
     n_ff = next(s.shape[1] for s, _ in parts if s.name.endswith("ffn_up_exps.weight"))
     metadata = {
-        **ggufio.copy_fields(source, "llama."),
-        **ggufio.copy_fields(source, "tokenizer."),
+        **ggufio.fields(smollm2.path(), "llama."),
+        **ggufio.fields(smollm2.path(), "tokenizer."),
         "general.name": "SmolLM2 135M as a mixture of 8 experts",
         "general.file_type": 3,  # mostly Q4_1
         "general.quantization_version": 2,
@@ -99,7 +101,8 @@ def router(x: Floats) -> Floats:
     """Weights ``[expert, width]`` fitted to normed inputs ``[token, width]``."""
     x = x.astype(np.float64)
     scores = _kmeans_scores(x)
-    scores = (scores - scores.mean(axis=0)) / scores.std(axis=0)
+    scores -= scores.mean(axis=1, keepdims=True)
+    scores = (scores - (1 - SKEW) * scores.mean(axis=0)) / scores.std(axis=0)
     gram = x.T @ x
     gram[np.diag_indices_from(gram)] += RIDGE * len(x) / 1000 * np.mean(x**2)
     weights = np.linalg.solve(gram, x.T @ scores).T
@@ -134,21 +137,27 @@ class Routing:
     load: NDArray[np.float64]  # [layer, expert]: share of all choices
 
 
-def routing(path: Path, inputs: dict[str, Floats], hidden: dict[str, Floats]) -> Routing:
-    """From the nodes ``ffn_norm-N`` and ``ffn_inp-N`` of an evaluation of the model in ``path``."""
+def evaluate(path: Path, text: Sequence[int]) -> tuple[Floats, Routing]:
+    """Logits ``[token, vocabulary]`` of the mixture in ``path``, and what its routers did.
+
+    The choices are computed here from the routers' inputs as llama.cpp has them (``ffn_norm-N``); the guess for
+    layer l+1 from the hidden state after layer l's attention (``ffn_inp-N``).
+    """
     tensors = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
-    n = len(inputs)
+    n = sum(name.endswith("ffn_gate_inp.weight") for name in tensors)
     routers = [tensors[f"blk.{i}.ffn_gate_inp.weight"] for i in range(n)]
-    logits = np.stack([inputs[f"ffn_norm-{i}"] @ routers[i].T for i in range(n)])
+    nodes = [f"{node}-{i}" for node in ("ffn_norm", "ffn_inp") for i in range(n)]
+    output, seen = llamacpp.evaluate(path, text, nodes)
+    logits = np.stack([seen[f"ffn_norm-{i}"] @ routers[i].T for i in range(n)])
     chosen = np.argsort(-logits, axis=-1)[..., :N_USED]
     top = np.take_along_axis(logits, chosen, -1)
     guesses = []
     for i in range(n - 1):
-        h = hidden[f"ffn_inp-{i}"]
+        h = seen[f"ffn_inp-{i}"]
         normed = h / np.sqrt((h**2).mean(axis=1, keepdims=True)) * tensors[f"blk.{i + 1}.ffn_norm.weight"]
         guesses.append(np.argsort(-(normed @ routers[i + 1].T), axis=-1)[:, :N_USED])
     load = np.stack([np.bincount(c.ravel(), minlength=N_EXPERT) for c in chosen]) / chosen[0].size
-    return Routing(
+    return output, Routing(
         chosen=chosen,
         top_weight=float((1 / (1 + np.exp(top[..., 1] - top[..., 0]))).mean()),
         reuse=_overlap(chosen[:, 1:], chosen[:, :-1]),

@@ -1,7 +1,6 @@
 """The tensors and metadata that llama.cpp expects of an architecture, from a handful of numbers.
 
-One table-driven generator for every architecture the tests use; names and shapes follow the ``load_arch_tensors``
-functions of llama.cpp.
+One generator for every architecture the tests use; names and shapes follow llama.cpp's ``load_arch_tensors``.
 """
 
 from __future__ import annotations

@@ -117,6 +117,7 @@ _ALL = {
 }  # fmt: skip
 
 NAMES = tuple(_ALL)
+VERSION = "1"  # part of the cache's key: raise it when a file's content changes
 
 
 def get(name: str) -> Skeleton:
