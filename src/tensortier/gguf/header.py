@@ -165,6 +165,8 @@ class _Cursor:
         self.text_bytes = 0
 
     def fail(self, problem: str) -> ModelFileError:
+        if len(problem) > 400:  # names in a corrupt file can be long
+            problem = f"{problem[:200]} ... {problem[-150:]}"
         return ModelFileError(f"{self.source}: {problem}")
 
     def need(self, n: int, what: str) -> int:

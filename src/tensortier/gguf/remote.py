@@ -192,4 +192,5 @@ def _explain(error: urllib.error.HTTPError) -> str:
         return f"access denied (HTTP {error.code}); for a gated model set HF_TOKEN and accept its terms"
     if error.code == 404:
         return "no such file (HTTP 404)"
-    return f"the server answered with HTTP {error.code} {error.reason}"
+    reason = " ".join(str(error.reason).split())[:200]
+    return f"the server answered with HTTP {error.code} {reason}"
