@@ -180,22 +180,23 @@ def render(report: Report, console: Console) -> None:
         console.print(Text(_safe(line)))
     for path, size in zip(m.files, m.file_sizes, strict=True):
         console.print(Text(f"{_safe(path)}  {_size(size)}"), soft_wrap=True)
-    for table in _tables(report):
+    for title, table in _tables(report):
         console.print()
+        console.print(Text(_safe(title), style="bold"), soft_wrap=True)
         console.print(table)
     for warning in report.warnings:
         console.print(Text(f"warning: {_safe(warning)}", style="yellow"), soft_wrap=True)
 
 
-def _tables(report: Report) -> Iterable[Table]:
-    metadata = _table("Metadata", ("key",), ("value",), right=False)
+def _tables(report: Report) -> Iterable[tuple[str, Table]]:
+    metadata = _table(("key",), ("value",), right=False)
     for key, value in report.model.metadata.items():
         metadata.add_row(_cell(key), _cell(_shown(value)))
-    yield metadata
-    yield _layer_table(report)
-    yield _tensor_table(f"Largest {len(report.largest)} tensors", report.largest)
-    yield _total_table("By type", report.by_type)
-    yield _total_table("By role", (*report.by_role, report.total))
+    yield "Metadata", metadata
+    yield "By layer (equal neighbours in one row)", _layer_table(report)
+    yield f"Largest {len(report.largest)} tensors", _tensor_table(report.largest)
+    yield "By type", _total_table(report.by_type)
+    yield "By role", _total_table((*report.by_role, report.total))
     if report.match is not None:
         hits = report.match.tensors
         share = report.match.nbytes / report.total.nbytes if report.total.nbytes else 0.0
@@ -205,15 +206,15 @@ def _tables(report: Report) -> Iterable[Table]:
         )
         if len(hits) > _SHOWN_MATCHES:
             title += f"; the first {_SHOWN_MATCHES}:"
-        yield _tensor_table(title, hits[:_SHOWN_MATCHES])
-        yield _total_table("Matched, by role", report.match.by_role)
+        yield title, _tensor_table(hits[:_SHOWN_MATCHES])
+        yield "Matched, by role", _total_table(report.match.by_role)
 
 
-def _table(title: str, left: Sequence[str], rest: Sequence[str], *, right: bool = True) -> Table:
+def _table(left: Sequence[str], rest: Sequence[str], *, right: bool = True) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=_cell(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in left:
         table.add_column(name, overflow="fold")
     for name in rest:
@@ -221,8 +222,8 @@ def _table(title: str, left: Sequence[str], rest: Sequence[str], *, right: bool 
     return table
 
 
-def _total_table(title: str, rows: Sequence[Total]) -> Table:
-    table = _table(title, ("",), ("tensors", "parameters", "size", "bits/weight"))
+def _total_table(rows: Sequence[Total]) -> Table:
+    table = _table(("",), ("tensors", "parameters", "size", "bits/weight"))
     for t in rows:
         table.add_row(t.key, str(t.tensors), _count(t.params), _size(t.nbytes), f"{t.bits_per_weight:.2f}")
     return table
@@ -231,7 +232,7 @@ def _total_table(title: str, rows: Sequence[Total]) -> Table:
 def _layer_table(report: Report) -> Table:
     roles = [Role(t.key) for t in report.by_role]
     columns = ("tensors each", "size each", *(r.value for r in roles))
-    table = _table("By layer (equal neighbours in one row)", ("layers",), columns)
+    table = _table(("layers",), columns)
     start = 0
     for i, row in enumerate(report.by_layer):
         following = report.by_layer[i + 1] if i + 1 < len(report.by_layer) else None
@@ -254,8 +255,8 @@ def _alike(a: LayerTotal, b: LayerTotal) -> bool:
     )
 
 
-def _tensor_table(title: str, tensors: Sequence[Tensor]) -> Table:
-    table = _table(title, ("tensor", "role", "type"), ("shape", "size"))
+def _tensor_table(tensors: Sequence[Tensor]) -> Table:
+    table = _table(("tensor", "role", "type"), ("shape", "size"))
     for t in tensors:
         shape = " x ".join(str(d) for d in t.shape)
         table.add_row(_cell(t.name), t.role.value, t.qtype, shape, _size(t.nbytes))
