@@ -57,7 +57,7 @@ def synthetic() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_path(synthetic: Callable[..., Path]) -> Path:
-    """Two dense layers of F16 with SmolLM2's tokenizer, 14 MB: loads in a moment, all backends agree closely."""
+    """Two dense layers of F16 with SmolLM2's tokenizer, 14 MB: loads in a moment, backends agree closely."""
     from tests.models import synthetic as module
 
     return synthetic(**module.TINY)

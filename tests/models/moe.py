@@ -2,8 +2,8 @@
 
 In each layer expert e of 8 holds the feed-forward neurons i with (i - e) mod 8 != 0, its down projection
 scaled by 8/7 to make up for the missing eighth; two experts are used per token. The router is fitted to the
-layer's own inputs, so that routing has the locality and the predictability from layer to layer of a real model,
-and the text stays coherent.
+layer's own inputs, so that routing has the locality and the predictability from layer to layer of a real
+model, and the text stays coherent.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ class Routing:
 def evaluate(path: Path, text: Sequence[int]) -> tuple[Floats, Routing]:
     """Logits ``[token, vocabulary]`` of the mixture in ``path``, and what its routers did.
 
-    The choices are computed here from the routers' inputs as llama.cpp has them (``ffn_norm-N``); the guess for
-    layer l+1 from the hidden state after layer l's attention (``ffn_inp-N``).
+    The choices are computed here from the routers' inputs as llama.cpp has them (``ffn_norm-N``); the guess
+    for layer l+1 from the hidden state after layer l's attention (``ffn_inp-N``).
     """
     tensors = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
     n = sum(name.endswith("ffn_gate_inp.weight") for name in tensors)

@@ -24,8 +24,8 @@ from tests.models.ggufio import Spec
 VERSION = "1"  # part of the cache's key: raise it when the bytes change
 BLOCK = 8 << 20  # bytes made and written at a time
 
-# Offset and relative size of the f16 fields that scale a block: values must come out around zero, so a minimum
-# is given in terms of the scale.
+# Offset and relative size of the f16 fields that scale a block: values must come out around zero, so a
+# minimum is given in terms of the scale.
 SCALES: dict[str, tuple[tuple[int, float], ...]] = {
     "Q4_0": ((0, 1.0),),
     "Q4_1": ((0, 1.0), (2, -7.5)),
