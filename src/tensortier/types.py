@@ -153,6 +153,8 @@ class Hardware:
     os: str
     devices: tuple[Device, ...]
     drives: tuple[Drive, ...]
+    cards: tuple[Mapping[str, Any], ...] = ()  # NVML's answers for every NVIDIA card, in use or not
+    warnings: tuple[str, ...] = ()  # such as a backend module that does not load here
 
 
 @dataclass(frozen=True, slots=True)
