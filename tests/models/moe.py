@@ -99,14 +99,15 @@ def _experts(t: Any, layer_name: str, part: str) -> tuple[ggufio.Spec, Any]:
 
 def router(x: Floats) -> Floats:
     """Weights ``[expert, width]`` fitted to normed inputs ``[token, width]``."""
-    x = x.astype(np.float64)
-    scores = _kmeans_scores(x)
+    x64 = x.astype(np.float64)
+    scores = _kmeans_scores(x64)
     scores -= scores.mean(axis=1, keepdims=True)
     scores = (scores - (1 - SKEW) * scores.mean(axis=0)) / scores.std(axis=0)
-    gram = x.T @ x
-    gram[np.diag_indices_from(gram)] += RIDGE * len(x) / 1000 * np.mean(x**2)
-    weights = np.linalg.solve(gram, x.T @ scores).T
-    return (weights * (SPREAD / np.std(x @ weights.T))).astype(np.float32)
+    gram = x64.T @ x64
+    gram[np.diag_indices_from(gram)] += RIDGE * len(x) / 1000 * np.mean(x64**2)
+    weights = np.linalg.solve(gram, x64.T @ scores).T
+    fitted: Floats = (weights * (SPREAD / np.std(x64 @ weights.T))).astype(np.float32)
+    return fitted
 
 
 def _kmeans_scores(x: NDArray[np.float64], rounds: int = 20) -> NDArray[np.float64]:
@@ -123,7 +124,9 @@ def _kmeans_scores(x: NDArray[np.float64], rounds: int = 20) -> NDArray[np.float
 
 
 def _closeness(x: NDArray[np.float64], centres: NDArray[np.float64]) -> NDArray[np.float64]:
-    return 2 * x @ centres.T - (centres**2).sum(axis=1) - (x**2).sum(axis=1, keepdims=True)
+    closeness: NDArray[np.float64] = 2 * x @ centres.T
+    closeness -= (centres**2).sum(axis=1) + (x**2).sum(axis=1, keepdims=True)
+    return closeness
 
 
 @dataclass(frozen=True)

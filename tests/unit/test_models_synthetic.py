@@ -1,4 +1,4 @@
-"""Synthetic models: llama.cpp computes them, gguf-py reads them, writing is reproducible and needs no memory."""
+"""Synthetic models: llama.cpp computes them, gguf-py reads them, writing is reproducible and a stream."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.models import llamacpp, synthetic
+from tests.models.ggufio import Spec
 from tests.models.synthetic import Synthetic
 
 SMALL = {"vocab": 500, "layers": 2}
@@ -37,7 +38,7 @@ def test_logits_are_finite_and_depend_on_the_token(options: dict[str, Any], tmp_
 
 @pytest.mark.parametrize("qtype", synthetic.QTYPES)
 def test_weights_have_the_same_size_in_every_type(qtype: str) -> None:
-    spec = synthetic.Spec("blk.0.ffn_up.weight", (1024, 64), qtype)
+    spec = Spec("blk.0.ffn_up.weight", (1024, 64), qtype)
     raw = b"".join(block.tobytes() for block in synthetic.content(spec, 3))
     assert len(raw) == spec.nbytes
     values = gguf.quants.dequantize(np.frombuffer(raw, np.uint8), gguf.GGMLQuantizationType[qtype])
