@@ -24,7 +24,7 @@ from tensortier.cli.answer import (
 )
 from tensortier.cli.common import note
 from tensortier.cli.worker import EXIT_INTERRUPTED, EngineThread
-from tensortier.errors import UsageError
+from tensortier.errors import Cancelled, UsageError
 from tensortier.types import Plan, Sampling, Settings
 
 if TYPE_CHECKING:
@@ -175,7 +175,11 @@ def _load(plan: Plan, worker: EngineThread, request: Request) -> Engine:
     bar = sys.stderr.isatty() and not request.quiet and not request.verbose
     with _progress_bar(bar) as progress:
         make = partial(Engine, plan, progress=progress, verbose=request.verbose, cancel=cancel)
-        return worker.call(make, cancel.set)
+        engine = worker.call(make, cancel.set)
+    if cancel.is_set():  # too late for the engine to see
+        worker.call(engine.close, lambda: None)
+        raise Cancelled("loading was cancelled")
+    return engine
 
 
 def _one_shot(engine: Engine, worker: EngineThread, plan: Plan, request: Request, prompt: str) -> None:
