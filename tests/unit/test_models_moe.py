@@ -70,8 +70,8 @@ def test_weights_are_near_one_half_by_llama_cpps_account(moe_path: Path) -> None
 
 def test_the_high_level_api_runs_it(moe_path: Path) -> None:
     model = llama_cpp.Llama(str(moe_path), n_ctx=128, n_threads=2, verbose=False)
-    model.eval(model.tokenize(b"The capital of France is"))
-    best = int(np.argmax(model.scores[model.n_tokens - 1]))
-    text = model.detokenize([best])
+    answer = model("The capital of France is", max_tokens=1, temperature=0, stream=False)
     model.close()
-    assert text.strip()
+    assert isinstance(answer, dict)
+    assert answer["usage"]["completion_tokens"] == 1
+    assert answer["choices"][0]["text"].strip()
