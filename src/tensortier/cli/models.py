@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tensortier.cli.common import console, print_json
+from tensortier.cli.common import console, note, print_json
 
 app = typer.Typer(
     help="List the models on this machine: name, size, architecture, quantization.",
@@ -31,7 +31,10 @@ def list_models(json: JsonOption = False) -> None:
 
     from tensortier import library
 
-    found = library.list_models()
+    warnings: list[str] = []
+    found = library.list_models(warnings)
+    for warning in warnings:
+        note(f"tensortier: warning: {warning}")
     if json:
         print_json([asdict(model) for model in found])
     else:
