@@ -17,8 +17,11 @@ SERVER_THREADS = 1  # client and server share the machine: two spinning thread p
 
 
 @contextmanager
-def rpc_server(log: Path, threads: int = SERVER_THREADS) -> Iterator[str]:
-    """Run the server on a free port and yield "127.0.0.1:port". Fails when it has ended by itself."""
+def rpc_server(log: Path, threads: int = SERVER_THREADS, address_space: int | None = None) -> Iterator[str]:
+    """Run the server on a free port and yield "127.0.0.1:port". Fails when it has ended by itself.
+
+    ``address_space``: bytes it may map, which is how a device runs out of memory for real (not on Windows).
+    """
     program = backends.rpc_server()
     assert program is not None, "build the RPC module first"
     with socket.socket() as probe:
@@ -35,7 +38,17 @@ def rpc_server(log: Path, threads: int = SERVER_THREADS) -> Iterator[str]:
         "--device",
         "CPU",
     ]
-    with log.open("w") as out, subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT) as process:
+
+    def limit() -> None:
+        if address_space is not None:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+
+    with (
+        log.open("w") as out,
+        subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, preexec_fn=limit) as process,
+    ):
         try:
             wait_until_it_accepts(process, port, log)
             yield f"127.0.0.1:{port}"

@@ -79,7 +79,8 @@ class Engine:
         self.n_ctx: int = self._llama.n_ctx()
         planned = {row.device: row for row in plan.memory}
         self.memory: tuple[DeviceReport, ...] = tuple(
-            DeviceReport(row.device, planned.get(row.device), row) for row in memory.allocated(self._llama.ctx)
+            DeviceReport(row.device, planned.get(row.device), row)
+            for row in memory.allocated(self._llama.ctx)
         )
 
     def _load(self, progress: Callable[[float], None] | None, cancel: threading.Event) -> Any:
@@ -186,9 +187,10 @@ class Engine:
             from llama_cpp import LlamaGrammar
 
             try:
-                options["grammar"] = LlamaGrammar.from_string(sampling.grammar, verbose=False)
-            except (ValueError, RuntimeError) as exc:
+                self._llama.check_grammar(sampling.grammar)
+            except ValueError as exc:
                 raise UsageError(f"the grammar is not valid GBNF: {exc}") from exc
+            options["grammar"] = LlamaGrammar.from_string(sampling.grammar, verbose=False)
         return options
 
     def _stream(self, start: Callable[[], Any]) -> Iterator[Piece]:

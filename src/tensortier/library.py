@@ -69,9 +69,9 @@ def folders() -> list[Folder]:
     cache = Path(env.get("XDG_CACHE_HOME") or home / ".cache")
     hub_home = Path(env.get("HF_HOME") or cache / "huggingface")
     hub = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or hub_home / "hub"
-    ollama = [env["OLLAMA_MODELS"]] if env.get("OLLAMA_MODELS") else [home / ".ollama" / "models"]
+    ollama = [Path(env.get("OLLAMA_MODELS") or home / ".ollama" / "models")]
     if sys.platform == "linux" and not env.get("OLLAMA_MODELS"):
-        ollama.append("/usr/share/ollama/.ollama/models")  # of the system service
+        ollama.append(Path("/usr/share/ollama/.ollama/models"))  # of the system service
     own = [p for p in env.get("TENSORTIER_MODELS", "").split(os.pathsep) if p]
     found = [Folder(Path(p), "TENSORTIER_MODELS") for p in own]
     found.append(Folder(paths.cache_dir() / "models", "tensortier"))
@@ -79,7 +79,7 @@ def folders() -> list[Folder]:
     found.append(Folder(Path(env.get("LLAMA_CACHE") or caches / "llama.cpp"), "llama.cpp"))
     found.append(Folder(home / ".lmstudio" / "models", "LM Studio"))
     found.append(Folder(home / ".cache" / "lm-studio" / "models", "LM Studio"))
-    found += [Folder(Path(p), "Ollama", "ollama") for p in ollama]
+    found += [Folder(p, "Ollama", "ollama") for p in ollama]
     return [Folder(f.path.expanduser(), f.source, f.layout) for f in found]
 
 

@@ -165,18 +165,16 @@ def _devices(hardware: Hardware, names: Sequence[str] | None) -> tuple[str, ...]
 
 
 def device_name(hardware: Hardware, name: str, option: str) -> str:
-    """The full name of a device: as given, or the only one that begins so ("RPC0" for "RPC0[host:port]").
+    """ggml's name of a device that the user named in any case, or by its buffer type as llama.cpp's ``-ot`` does.
 
     Raises:
-        UsageError: there is none, or there are several.
+        UsageError: there is none; the message lists those there are.
     """
-    known = [d.name for d in hardware.devices]
-    if name in known:
-        return name
-    alike = [k for k in known if k.lower() == name.lower() or k.lower().startswith(name.lower() + "[")]
-    if len(alike) == 1:
-        return alike[0]
-    raise UsageError(f"{option}: there is no device {name!r} here; there are: {', '.join(known)}")
+    for device in hardware.devices:
+        if name.lower() in (device.name.lower(), device.buffer_type.lower()):
+            return device.name
+    known = ", ".join(d.name for d in hardware.devices)
+    raise UsageError(f"{option}: there is no device {name!r} here; there are: {known}")
 
 
 def _parse_overrides(text: str, hardware: Hardware) -> Iterable[Override]:
@@ -186,4 +184,3 @@ def _parse_overrides(text: str, hardware: Hardware) -> Iterable[Override]:
             raise PatternError(f"--override-tensor takes PATTERN=DEVICE, not {part!r}")
         compile_pattern(pattern)
         yield Override(pattern, device_name(hardware, device, "--override-tensor"))
-

@@ -37,9 +37,7 @@ def manual_plan(
     )
 
 
-def simple_plan(
-    model: ModelInfo, hardware: Hardware, settings: Settings, *, rpc: Sequence[str] = ()
-) -> Plan:
+def simple_plan(model: ModelInfo, hardware: Hardware, settings: Settings, *, rpc: Sequence[str] = ()) -> Plan:
     """Everything on the GPUs if it fits; else attention and KV cache there first and as many feed-forward
     tensors as fit beside them; else as many whole layers as fit; else all in RAM.
 
@@ -53,7 +51,9 @@ def simple_plan(
     room = {d.name: _room(d.memory_free, d.memory_total) for d in gpus}
     with memory.Probe() as probe:
         if not gpus:
-            return _finish(plan, hardware, probe.ask(plan), ["no GPU here: all weights and the KV cache in RAM"])
+            return _finish(
+                plan, hardware, probe.ask(plan), ["no GPU here: all weights and the KV cache in RAM"]
+            )
         names = tuple(room)
         plan = dataclasses.replace(plan, placement=Placement(devices=names, n_gpu_layers=-1))
         rows = probe.ask(plan)
@@ -145,14 +145,14 @@ def compact(tensors: Sequence[Tensor]) -> tuple[Override, ...]:
         assert tensor.layer is not None
         layers.setdefault(tensor.name.split(".", 2)[2], set()).add(tensor.layer)
     return tuple(
-        Override(rf"^blk\.({'|'.join(map(str, sorted(numbers)))})\.{suffix.replace('.', chr(92) + '.')}$", "CPU")
+        Override(
+            rf"^blk\.({'|'.join(map(str, sorted(numbers)))})\.{suffix.replace('.', chr(92) + '.')}$", "CPU"
+        )
         for suffix, numbers in sorted(layers.items())
     )
 
 
-def _finish(
-    plan: Plan, hardware: Hardware, rows: tuple[DeviceMemory, ...], reasons: Sequence[str]
-) -> Plan:
+def _finish(plan: Plan, hardware: Hardware, rows: tuple[DeviceMemory, ...], reasons: Sequence[str]) -> Plan:
     return dataclasses.replace(
         plan, memory=rows, reasons=tuple(reasons), warnings=tuple(_shortages(hardware, rows))
     )

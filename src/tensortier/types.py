@@ -90,7 +90,9 @@ class ModelInfo:
     kv_lora_rank: int = 0  # MLA when not 0
     n_rot: int = 0
     n_layers_nextn: int = 0  # the last of n_layers that only draft tokens (MTP) and do not run otherwise
-    tied_output: bool = False  # no output.weight: llama.cpp loads token_embd a second time as the output layer
+    tied_output: bool = (
+        False  # no output.weight: llama.cpp loads token_embd a second time as the output layer
+    )
     chat_template: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -117,12 +119,13 @@ class ModelInfo:
 class Device:
     """One ggml device, or the CPU with main memory."""
 
-    name: str  # ggml's name: "CPU", "CUDA0", "RPC0[127.0.0.1:50052]"
+    name: str  # ggml's name: "CPU", "CUDA0", "RPC0"
     kind: str  # "cpu", "gpu", "igpu", "accel"
     description: str
     memory_total: int
     memory_free: int
     backend: str  # ggml's name of the registry: "CPU", "CUDA", "Vulkan", "RPC"
+    buffer_type: str = ""  # what llama.cpp's -ot calls it, where that differs: "RPC0[127.0.0.1:50052]"
     details: Mapping[str, Any] = field(default_factory=dict)  # NVML's answers, where there are any
 
 

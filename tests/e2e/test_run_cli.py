@@ -37,7 +37,7 @@ def one_error_line(result: subprocess.CompletedProcess[str]) -> str:
     assert result.stdout == ""
     lines = result.stderr.splitlines()
     assert lines[-1].startswith("tensortier: error: "), result.stderr
-    assert len([line for line in lines if "error" in line]) == 1, result.stderr
+    assert len([line for line in lines if line.startswith("tensortier: error")]) == 1, result.stderr
     assert "Traceback" not in result.stderr
     return lines[-1]
 
@@ -295,7 +295,9 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
-    program = Terminal([*COMMAND, "-c", "1024", "--temp", "0", "-t", "2", "-s", "Be brief."], tmp_path)
+    program = Terminal(
+        [*COMMAND, "-c", "1024", "-n", "60", "--temp", "0", "-t", "2", "-s", "Be brief."], tmp_path
+    )
     yield program
     program.close()
 

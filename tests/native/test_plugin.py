@@ -32,7 +32,9 @@ code = plugin.tt_bind({str(library).encode()!r}, error, ctypes.c_size_t(512))
 assert code == 0 or plugin.tt_memory_breakdown(None, None, 0) == -1
 print(code, error.value.decode())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     number, _, message = done.stdout.strip().partition(" ")
     return int(number), message
 
@@ -55,12 +57,21 @@ def impostor(tmp_path: Path, source: str) -> Path:
 def test_links_to_nothing_but_the_runtime() -> None:
     out = subprocess.run(["readelf", "-d", str(PLUGIN)], capture_output=True, text=True, check=True).stdout
     needed = {line.split("[")[1].rstrip("]") for line in out.splitlines() if "NEEDED" in line}
-    assert needed <= {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "libdl.so.2", "libpthread.so.0"}
+    assert needed <= {
+        "libstdc++.so.6",
+        "libgcc_s.so.1",
+        "libm.so.6",
+        "libc.so.6",
+        "libdl.so.2",
+        "libpthread.so.0",
+    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF with nm")
 def test_exports_only_its_interface() -> None:
-    out = subprocess.run(["nm", "-D", "--defined-only", str(PLUGIN)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        ["nm", "-D", "--defined-only", str(PLUGIN)], capture_output=True, text=True, check=True
+    )
     names = {line.split()[-1] for line in out.stdout.splitlines() if " T " in line}
     assert names == {"tt_bind", "tt_ggml_version", "tt_memory_breakdown", "tt_should_abort", "tt_set_flag"}
 
@@ -88,7 +99,10 @@ def test_an_impostor_that_changes_nothing_is_accepted(tmp_path: Path) -> None:
         ('const char * ggml_op_name(int op) { (void)op; return "ADD"; }', "(op)"),
         ("void * ggml_set_name(void * t, const char * n) { (void)n; return t; }", "(name)"),
         ("void ggml_set_input(void * t) { (void)t; }", "(flags)"),
-        ("#include <stddef.h>\nint api = 3;\nvoid * ggml_backend_reg_get(size_t i) { (void)i; return &api; }", "API"),
+        (
+            "#include <stddef.h>\nint a = 3;\nvoid * ggml_backend_reg_get(size_t i) { (void)i; return &a; }",
+            "API",
+        ),
     ],
 )
 def test_another_layout_is_refused(tmp_path: Path, source: str, told: str) -> None:

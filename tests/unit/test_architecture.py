@@ -11,7 +11,9 @@ import pytest
 
 import tensortier
 
-SOURCE = Path(tensortier.__file__).parent if (Path(tensortier.__file__).parent / "types.py").exists() else None
+SOURCE = (
+    Path(tensortier.__file__).parent if (Path(tensortier.__file__).parent / "types.py").exists() else None
+)
 PACKAGE = SOURCE or Path(__file__).parents[2] / "src" / "tensortier"
 
 # What each module may import of the package, besides itself. Lower rows may use higher ones, never back.
@@ -80,7 +82,18 @@ def test_only_the_border_touches_ctypes() -> None:
     assert users <= {"_llama", "tier", "calibrate"}
 
 
-PLANNING = ["types", "errors", "gguf", "inspect", "hardware", "library", "placement", "memory", "planner", "planfile"]
+PLANNING = [
+    "types",
+    "errors",
+    "gguf",
+    "inspect",
+    "hardware",
+    "library",
+    "placement",
+    "memory",
+    "planner",
+    "planfile",
+]
 
 
 def test_planning_loads_no_native_library() -> None:
@@ -90,7 +103,11 @@ def test_planning_loads_no_native_library() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = result.stdout.strip()
     baseline = subprocess.run(
-        [sys.executable, "-c", "import sys; print([m for m in ('ctypes', 'llama_cpp', 'numpy') if m in sys.modules])"],
+        [
+            sys.executable,
+            "-c",
+            "import sys; print([m for m in ('ctypes', 'llama_cpp', 'numpy') if m in sys.modules])",
+        ],
         capture_output=True,
         text=True,
         check=True,

@@ -7,12 +7,12 @@ that the planning half learns of devices without loading a native library: ``{"d
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from tensortier import backends
 from tensortier._llama.libs import ggml_function, llama
@@ -64,7 +64,9 @@ def _add_server(endpoint: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as exc:
-        raise BackendError(f"no RPC server answers at {endpoint} ({exc.strerror or exc}); start one there") from exc
+        raise BackendError(
+            f"no RPC server answers at {endpoint} ({exc.strerror or exc}); start one there"
+        ) from exc
     if "rpc" not in _loaded:
         path = backends.module_path("rpc")
         if path is None:
@@ -73,7 +75,9 @@ def _add_server(endpoint: str) -> None:
             raise BackendError(f"the RPC backend does not load; rebuild it with --force: {path}")
         _loaded.add("rpc")
     by_name = ggml_function("ggml_backend_reg_by_name", ctypes.c_void_p, ctypes.c_char_p)
-    get_address = ggml_function("ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+    get_address = ggml_function(
+        "ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p
+    )
     register = ggml_function("ggml_backend_register", None, ctypes.c_void_p)
     address = get_address(by_name(b"RPC"), b"ggml_backend_rpc_add_server")
     add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
@@ -97,7 +101,7 @@ def _string(function: str, handle: int) -> str:
 
 
 def name_of(handle: int) -> str:
-    """ggml's name of a device: "CPU", "CUDA0", "RPC0[127.0.0.1:50052]"."""
+    """ggml's name of a device: "CPU", "CUDA0", "RPC0"."""
     return _string("ggml_backend_dev_name", handle)
 
 
@@ -112,6 +116,7 @@ def devices() -> list[Device]:
         ctypes.POINTER(ctypes.c_size_t),
         ctypes.POINTER(ctypes.c_size_t),
     )
+    default = ggml_function("ggml_backend_dev_buffer_type", ctypes.c_void_p, ctypes.c_void_p)
     found = []
     for handle in _handles():
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -124,6 +129,7 @@ def devices() -> list[Device]:
                 memory_total=total.value,
                 memory_free=free.value,
                 backend=_string("ggml_backend_reg_name", get_registry(handle)),
+                buffer_type=_string("ggml_backend_buft_name", default(handle)),
             )
         )
     return found
@@ -166,17 +172,7 @@ def _main(endpoints: Sequence[str]) -> int:
     os.dup2(2, 1)
     try:
         warnings = load_modules(endpoints)
-        rows: list[dict[str, Any]] = [
-            {
-                "name": d.name,
-                "kind": d.kind,
-                "description": d.description,
-                "memory_total": d.memory_total,
-                "memory_free": d.memory_free,
-                "backend": d.backend,
-            }
-            for d in devices()
-        ]
+        rows = [dataclasses.asdict(device) for device in devices()]
     except TensortierError as exc:
         print(exc, file=sys.stderr)
         return 1

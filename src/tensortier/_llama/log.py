@@ -8,8 +8,8 @@ import threading
 from collections import deque
 from typing import Any
 
-LEVEL_WARN = 2  # ggml_log_level: 1 info, 2 warning, 3 error, 4 debug, 5 continuation of the last line
-LEVEL_ERROR = 3
+LEVEL_WARN = 3  # ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 continuation of the last line
+LEVEL_ERROR = 4
 LEVEL_CONTINUE = 5
 
 _OUT_OF_MEMORY = re.compile(
@@ -69,7 +69,7 @@ class Recording:
 
     def lines(self, at_least: int = LEVEL_WARN) -> list[str]:
         with _log.lock:
-            return [line for level, line in _log.lines if at_least <= level < LEVEL_CONTINUE - 1]
+            return [line for level, line in _log.lines if level >= at_least]
 
     def all_lines(self) -> list[str]:
         with _log.lock:

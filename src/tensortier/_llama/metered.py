@@ -12,6 +12,7 @@ _initialised()  # takes over llama.cpp's log before the class below is made
 
 from llama_cpp import Llama  # noqa: E402
 
+from tensortier._llama import log  # noqa: E402
 from tensortier.types import GenerationStats  # noqa: E402
 
 
@@ -70,6 +71,16 @@ class MeteredLlama(Llama):  # type: ignore[misc]  # the bindings are untyped
         meter.sampled += 1
         meter.ended_by_token = _initialised().llama_vocab_is_eog(self._model.vocab, token)
         return token
+
+    def check_grammar(self, grammar: str) -> None:
+        """ValueError with llama.cpp's reason for a text that is not GBNF. Asked first, because the bindings
+        pass on the null sampler that llama.cpp makes of a bad grammar, and the process dies of it."""
+        bindings = _initialised()
+        record = log.Recording()
+        sampler = bindings.llama_sampler_init_grammar(self._model.vocab, grammar.encode(), b"root")
+        if not sampler:
+            raise ValueError(record.reason("it has no rule named root, or does not parse"))
+        bindings.llama_sampler_free(sampler)
 
     def forget_interrupted(self) -> None:
         """After a computation was given up: drops what it may have left behind in the KV cache. A recurrent

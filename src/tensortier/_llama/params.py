@@ -66,7 +66,9 @@ class Parameters:
         self.plan = plan
         placement = plan.placement
         if len(placement.overrides) >= MAX_OVERRIDES:
-            raise PatternError(f"{len(placement.overrides)} tensor overrides; llama.cpp takes fewer than 4096")
+            raise PatternError(
+                f"{len(placement.overrides)} tensor overrides; llama.cpp takes fewer than 4096"
+            )
         handles = devices.device_handles(placement.devices)
         self._devices = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
         self._overrides = (_BufferTypeOverride * (len(placement.overrides) + 1))()
