@@ -197,13 +197,13 @@ def _describe(candidate: _Candidate) -> LibraryModel | None:
                 return None
             architecture, quantization = info.architecture, info.quantization
     except (OSError, ModelFileError, ModelNotFound) as exc:
-        error = " ".join(str(exc).split())
+        error = error or " ".join(str(exc).split())
     return LibraryModel(candidate.name, str(path), size, architecture, quantization, candidate.source, error)
 
 
 def _candidates(warnings: list[str]) -> Iterator[_Candidate]:
     """Models by their files' names alone. One that several names lead to is given once."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     sources = [_embedded()]
     for folder in folders():
         if not folder.path.is_dir():
@@ -213,7 +213,7 @@ def _candidates(warnings: list[str]) -> Iterator[_Candidate]:
         sources.append(_ollama(folder, warnings) if folder.layout == "ollama" else _files(folder, warnings))
     for source in sources:
         for candidate in source:
-            real = candidate.parts[0].resolve()
+            real = os.path.realpath(candidate.parts[0])  # Path.resolve raises for a link to itself
             if real not in seen:
                 seen.add(real)
                 yield candidate

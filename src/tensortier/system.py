@@ -164,7 +164,7 @@ def drive(path: str | Path, root: Path = ROOT) -> Drive:
     import psutil
 
     asked = str(path)
-    place = Path(path).expanduser().resolve()
+    place = Path(os.path.realpath(Path(path).expanduser()))
     while not place.exists() and place != place.parent:
         place = place.parent
     usage = psutil.disk_usage(str(place))

@@ -102,7 +102,7 @@ def test_memory_v2_tightest_of_the_chain_binds_each_figure(tmp_path: Path) -> No
 @linux
 @pytest.mark.parametrize("group", ["/docker/abc", "/", "/../elsewhere"])
 def test_memory_in_a_container(tmp_path: Path, group: str) -> None:
-    """The mount shows the container's part of the tree; the group's name may be told from the machine's root."""
+    """The mount shows the container's part of the tree only; the group is told from either root."""
     mounts = V1.format(root="/docker/abc")
     files = {
         "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",

@@ -185,8 +185,9 @@ def test_broken_things_do_not_break_the_listing(home: Path) -> None:
         "text",
     ]
     out = io.StringIO()
-    library.render(list(found.values()), Console(file=out, width=250))
-    assert "blob is missing" in out.getvalue()
+    library.render(list(found.values()), Console(file=out, width=500))
+    assert "its blob is missing" in out.getvalue()
+    assert found["gone"].error == found["itself"].error == "a link to a file that is not there"
 
 
 def test_folder_that_may_not_be_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
