@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["tests.backend_fixtures"]
+
 CACHE = Path(__file__).parent.parent / ".cache" / "models"
 
 
