@@ -169,12 +169,17 @@ def run_session(request: Request) -> None:
 
 
 def _load(plan: Plan, worker: EngineThread, request: Request) -> Engine:
-    from tensortier.engine import Engine
-
     cancel = threading.Event()
+
+    def make() -> Engine:
+        # imported in the worker too: it takes a while, and CPython forgets the exit code when a Ctrl-C breaks
+        # off code that runs through exec(), as the making of dataclasses and named tuples does
+        from tensortier.engine import Engine
+
+        return Engine(plan, progress=progress, verbose=request.verbose, cancel=cancel)
+
     bar = sys.stderr.isatty() and not request.quiet and not request.verbose
     with _progress_bar(bar) as progress:
-        make = partial(Engine, plan, progress=progress, verbose=request.verbose, cancel=cancel)
         engine = worker.call(make, cancel.set)
     if cancel.is_set():  # too late for the engine to see
         worker.call(engine.close, lambda: None)
