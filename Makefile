@@ -25,7 +25,7 @@ bench: .venv/.installed
 # The native tests again, with the plug-in built under the address and undefined-behaviour sanitizers, then
 # under the thread sanitizer.
 sanitize: .venv/.installed
-	$(BIN)/python -m bench.sanitize
+	$(BIN)/python scripts/sanitize.py
 
 docs: .venv/.installed
 	$(BIN)/python scripts/gen_cli_docs.py

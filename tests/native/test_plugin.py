@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import llama_cpp.llama_cpp as bindings
 import pytest
 
@@ -136,3 +137,47 @@ def test_abort_flag() -> None:
     native().tt_set_flag(address, 1)
     assert flag.value == 1
     assert native().tt_should_abort(address) is True
+
+
+def test_the_flag_is_seen_by_other_threads() -> None:
+    """Set in one thread while another asks in a loop; under the thread sanitizer this shows there is no race."""
+    import threading
+
+    flag = ctypes.c_int32(0)
+    address = ctypes.addressof(flag)
+    asked = threading.Event()
+
+    def ask() -> None:
+        while not native().tt_should_abort(address):
+            asked.set()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    asked.wait(10)
+    native().tt_set_flag(address, 1)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_memory_breakdown_counts_rows_beyond_its_capacity(tiny_path: Path) -> None:
+    """The count tells how many rows there are; only as many as fit are written."""
+    from tensortier._llama.libs import MemoryRow
+
+    model = bindings.llama_model_load_from_file(
+        str(tiny_path).encode(), bindings.llama_model_default_params()
+    )
+    params = bindings.llama_context_default_params()
+    params.n_ctx = 256
+    context = bindings.llama_init_from_model(model, params)
+    rows = (MemoryRow * 8)()
+    guard = b"untouched"
+    rows[0].buffer_type = guard
+    count = native().tt_memory_breakdown(context, rows, 0)
+    assert count >= 1
+    assert rows[0].buffer_type == guard
+    assert native().tt_memory_breakdown(context, rows, 8) == count
+    tensors = gguf.GGUFReader(tiny_path).tensors
+    assert sum(row.weights for row in rows) == sum(int(t.n_bytes) for t in tensors)
+    assert {row.device for row in rows[:count]} == {b"CPU"}
+    bindings.llama_free(context)
+    bindings.llama_model_free(model)
