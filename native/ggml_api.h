@@ -23,6 +23,8 @@ struct Context;    // ggml_context
 struct Buffer;     // ggml_backend_buffer
 struct BufferType; // ggml_backend_buffer_type
 struct Device;     // ggml_backend_device
+struct Backend;    // ggml_backend
+struct Graph;      // ggml_cgraph
 
 // ggml_tensor
 struct Tensor {
@@ -80,7 +82,31 @@ struct InitParams {
     X(Device *, ggml_backend_buft_get_device, (BufferType * buft))                                           \
     X(const char *, ggml_backend_dev_name, (Device * device))                                                \
     X(size_t, ggml_backend_reg_count, (void))                                                                \
-    X(Registry *, ggml_backend_reg_get, (size_t index))
+    X(Registry *, ggml_backend_reg_get, (size_t index))                                                      \
+    X(void *, ggml_backend_reg_get_proc_address, (Registry * registry, const char * name))                   \
+    X(BufferType *, ggml_backend_dev_buffer_type, (Device * device))                                         \
+    X(Registry *, ggml_backend_dev_backend_reg, (Device * device))                                           \
+    X(Device *, ggml_backend_dev_by_name, (const char * name))                                               \
+    X(Backend *, ggml_backend_dev_init, (Device * device, const char * params))                              \
+    X(bool, ggml_backend_dev_supports_op, (Device * device, const Tensor * op))                              \
+    X(Device *, ggml_backend_get_device, (Backend * backend))                                                \
+    X(void, ggml_backend_free, (Backend * backend))                                                          \
+    X(void, ggml_backend_synchronize, (Backend * backend))                                                   \
+    X(int, ggml_backend_graph_compute, (Backend * backend, Graph * graph))                                   \
+    X(Buffer *, ggml_backend_buft_alloc_buffer, (BufferType * buft, size_t size))                            \
+    X(void, ggml_backend_buffer_set_usage, (Buffer * buffer, int usage))                                     \
+    X(void, ggml_backend_tensor_set, (Tensor * tensor, const void * data, size_t offset, size_t size))       \
+    X(size_t, ggml_row_size, (int type, int64_t elements))                                                   \
+    X(size_t, ggml_quantize_chunk,                                                                           \
+      (int type, const float * src, void * dst, int64_t start, int64_t rows, int64_t per_row,                \
+       const float * imatrix))                                                                               \
+    X(size_t, ggml_graph_overhead_custom, (size_t size, bool grads))                                         \
+    X(Graph *, ggml_new_graph_custom, (Context * ctx, size_t size, bool grads))                              \
+    X(void, ggml_build_forward_expand, (Graph * graph, Tensor * tensor))                                     \
+    X(Tensor *, ggml_graph_node, (Graph * graph, int index))                                                 \
+    X(Tensor *, ggml_flash_attn_ext,                                                                         \
+      (Context * ctx, Tensor * q, Tensor * k, Tensor * v, Tensor * mask, float scale, float max_bias,        \
+       float logit_softcap))
 
 struct GgmlApi {
 #define TT_DECLARE(result, name, params) result(*name) params = nullptr;

@@ -39,3 +39,39 @@ TT_API bool tt_should_abort(void * flag);
 
 // Sets or clears such a flag, visible to all threads.
 TT_API void tt_set_flag(int32_t * flag, int32_t value);
+
+// One graph of `count` products of different weights, so that none is found in a cache.
+struct tt_mul_mat_bench {
+    const char * device; // ggml's name
+    int32_t type;        // ggml_type of the weights
+    int32_t count;       // matrices in the graph
+    int64_t k;           // columns: the input's width
+    int64_t n;           // rows: the output's width
+    int64_t batch;       // tokens
+    int32_t experts;     // 0: MUL_MAT; else MUL_MAT_ID with so many experts in each weight ...
+    int32_t used;        // ... of which each token uses these
+    int32_t threads;     // for backends that have threads
+    int32_t repack;      // 1: weights in the CPU backend's reordering buffer type
+};
+
+// Runs it once and then `capacity` times; seconds of each run. Returns the number of runs, 0 when the device
+// has no kernel for this, or -1 with one line in `error`.
+TT_API int tt_bench_mul_mat(const struct tt_mul_mat_bench * bench, double * seconds, int capacity,
+                            char * error, size_t error_size);
+
+// One graph of `count` attentions (FLASH_ATTN_EXT), each over KV caches of its own.
+struct tt_attention_bench {
+    const char * device;
+    int32_t type; // of keys and values
+    int32_t count;
+    int64_t head_dim; // of keys and of values
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t cells; // tokens in the cache
+    int64_t batch; // tokens that ask
+    int32_t threads;
+};
+
+// As tt_bench_mul_mat.
+TT_API int tt_bench_attention(const struct tt_attention_bench * bench, double * seconds, int capacity,
+                              char * error, size_t error_size);

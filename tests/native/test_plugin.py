@@ -74,7 +74,9 @@ def test_exports_only_its_interface() -> None:
         ["nm", "-D", "--defined-only", str(PLUGIN)], capture_output=True, text=True, check=True
     )
     names = {line.split()[-1] for line in out.stdout.splitlines() if " T " in line}
-    assert names == {"tt_bind", "tt_ggml_version", "tt_memory_breakdown", "tt_should_abort", "tt_set_flag"}
+
+
+XX
 
 
 def test_binds_to_the_installed_library() -> None:

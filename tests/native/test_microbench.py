@@ -1,0 +1,57 @@
+"""The microbenchmarks measure what they say: time grows with the work, and what is not there is told apart."""
+
+from __future__ import annotations
+
+import pytest
+
+from tensortier._llama import microbench
+from tensortier.errors import LibraryError
+
+F16, Q4_0, Q8_0, Q4_K = 1, 2, 8, 12
+
+
+def best(**options: int) -> float:
+    arguments = {"k": 512, "n": 512, "count": 4, "runs": 15, **options}
+    return min(microbench.mul_mat("CPU", arguments.pop("type", F16), **arguments))  # type: ignore[arg-type]
+
+
+def test_time_grows_with_the_work() -> None:
+    """Sixteen times the operations; the fastest of many runs, as other processes only ever add time."""
+    assert best(n=4096, k=1024) > 4 * best()
+    assert best(batch=256) > 8 * best()
+
+
+def test_every_run_is_timed() -> None:
+    seconds = microbench.mul_mat("CPU", Q8_0, k=256, n=64, count=2, runs=7)
+    assert len(seconds) == 7
+    assert all(0 < s < 60 for s in seconds)
+
+
+@pytest.mark.parametrize("type_id", [0, F16, Q4_0, Q8_0, Q4_K, 10, 11, 13, 14, 20, 23, 39])
+def test_weight_types(type_id: int) -> None:
+    assert len(microbench.mul_mat("CPU", type_id, k=256, n=64, count=1, runs=2)) == 2
+
+
+def test_experts() -> None:
+    """Four times the experts used is more work than one; those not used are free."""
+    one, four = (best(experts=8, used=used, count=2, n=2048) for used in (1, 4))
+    assert four > 1.5 * one
+
+
+def test_repacking_exists_for_some_types_only() -> None:
+    assert microbench.mul_mat("CPU", F16, k=256, n=64, count=1, repack=True, runs=1) == []
+
+
+def test_attention_grows_with_the_cache() -> None:
+    def at(cells: int) -> float:
+        shape = {"head_dim": 64, "heads": 8, "kv_heads": 2, "count": 2}
+        return min(microbench.attention("CPU", F16, cells=cells, runs=15, **shape))  # type: ignore[arg-type]
+
+    assert at(8192) > 3 * at(512)
+
+
+def test_what_is_not_there() -> None:
+    with pytest.raises(LibraryError, match="no device GPU9"):
+        microbench.mul_mat("GPU9", F16, k=64, n=64, count=1)
+    with pytest.raises(LibraryError, match="no device GPU9"):
+        microbench.attention("GPU9", F16, head_dim=64, heads=1, kv_heads=1, cells=256, count=1)
