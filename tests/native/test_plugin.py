@@ -7,6 +7,7 @@ answer one function differently, so the plug-in sees everything else as it is.
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ LIBLLAMA = Path(bindings._lib._name)
 def bind_in_new_process(library: Path) -> tuple[int, str]:
     code = f"""
 import ctypes
+import re
 ctypes.CDLL({str(library)!r})
 plugin = ctypes.CDLL({str(PLUGIN)!r})
 error = ctypes.create_string_buffer(512)
@@ -75,8 +77,9 @@ def test_exports_only_its_interface() -> None:
     )
     names = {line.split()[-1] for line in out.stdout.splitlines() if " T " in line}
 
-
-XX
+    header = (Path(__file__).parents[2] / "native" / "tensortier.h").read_text()
+    assert names == set(re.findall(r"^TT_API .*?\b(tt_\w+)\(", header, re.MULTILINE))
+    assert len(names) == 7
 
 
 def test_binds_to_the_installed_library() -> None:
@@ -124,6 +127,7 @@ def test_a_library_without_the_functions_is_refused() -> None:
 def test_a_library_that_is_not_loaded_is_refused() -> None:
     code = f"""
 import ctypes
+import re
 plugin = ctypes.CDLL({str(PLUGIN)!r})
 error = ctypes.create_string_buffer(512)
 print(plugin.tt_bind(b"/nowhere/libllama.so", error, ctypes.c_size_t(512)), error.value.decode())
