@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {"errors", "paths", "cuda_toolkit"},
     "hardware": {"types", "errors"},
     "library": {"types", "errors", "paths", "gguf"},
+    "formulas": {"types"},
     "placement": {"types", "errors", "patterns"},
     "planfile": {"types", "errors"},
     "memory": {"types", "errors", "planfile"},

@@ -1,0 +1,115 @@
+"""Bytes by formula, for machines that are not here and questions that must be answered at once.
+
+Where llama.cpp can be asked, ask it (``memory.py``). These follow its sources: llama-kv-cache.cpp,
+llama-memory-recurrent.cpp and the shapes of its graphs; the tests compare them with its answers.
+"""
+
+from __future__ import annotations
+
+from tensortier.types import ModelInfo, Settings
+
+CELLS_PADDING = 256  # llama.cpp rounds the context and every window up to this
+# bytes per 32 values
+KV_BYTES_PER_32 = {
+    "f32": 128,
+    "f16": 64,
+    "bf16": 64,
+    "q8_0": 34,
+    "q5_1": 24,
+    "q5_0": 22,
+    "q4_1": 20,
+    "q4_0": 18,
+    "iq4_nl": 18,
+}
+
+
+def padded(cells: int) -> int:
+    return -(-cells // CELLS_PADDING) * CELLS_PADDING
+
+
+def context_of(model: ModelInfo, settings: Settings) -> int:
+    """Tokens of context the settings mean, all sequences together: 0 stands for what the model was trained
+    for. Each sequence has a share of its own, rounded up."""
+    asked = settings.n_ctx or model.context_length
+    return padded(asked // settings.n_seq_max) * settings.n_seq_max
+
+
+def ubatch_of(model: ModelInfo, settings: Settings) -> int:
+    return min(settings.n_ubatch, settings.n_batch, context_of(model, settings))
+
+
+def kv_bytes(model: ModelInfo, settings: Settings) -> tuple[int, ...]:
+    """Bytes of KV cache or recurrent state of each layer.
+
+    GQA: cells x KV heads x (key width x bytes + value width x bytes). MLA keeps keys only, of the latent vector
+    and the rotary part. A sliding window keeps its own number of cells plus one micro-batch. A recurrent layer
+    keeps an f32 state per sequence, whatever the context.
+    """
+    context = context_of(model, settings)
+    share = context // settings.n_seq_max
+    window = padded(min(share, model.sliding_window + ubatch_of(model, settings)))
+    windowed = window * settings.n_seq_max
+    per_k = KV_BYTES_PER_32[settings.type_k]
+    per_v = KV_BYTES_PER_32[settings.type_v]
+    state = _recurrent_state_bytes(model) * settings.n_seq_max
+    sizes = []
+    for layer in range(model.n_layers):
+        if model.recurrent_layers and model.recurrent_layers[layer]:
+            sizes.append(state)
+            continue
+        swa = bool(model.swa_layers) and model.swa_layers[layer] and model.sliding_window > 0
+        cells = windowed if swa and not settings.swa_full else context
+        heads = model.n_head_kv[layer]
+        if model.kv_lora_rank:
+            values = (model.kv_lora_rank + model.n_rot) * per_k if heads else 0
+        else:
+            width_k = model.head_dim_k_swa if swa and model.head_dim_k_swa else model.head_dim_k
+            width_v = model.head_dim_v_swa if swa and model.head_dim_v_swa else model.head_dim_v
+            values = heads * (width_k * per_k + width_v * per_v)
+        sizes.append(cells * values // 32)
+    return tuple(sizes)
+
+
+def _recurrent_state_bytes(model: ModelInfo) -> int:
+    """Of one layer and one sequence, f32: the convolution's last columns and the state-space matrix, in the
+    terms of Mamba (llama_hparams::n_embd_r, n_embd_s). RWKV: two shifted tokens and a matrix per head."""
+
+    def value(key: str) -> int:
+        return int(model.metadata.get(f"{model.architecture}.{key}", 0))
+
+    if head := value("wkv.head_size"):
+        return 4 * (value("token_shift_count") or 2) * model.n_embd + 4 * model.n_embd * head
+    if cache := value("shortconv.l_cache"):
+        return 4 * model.n_embd * (cache - 1)
+    inner, size = value("ssm.inner_size"), value("ssm.state_size")
+    columns = max(0, value("ssm.conv_kernel") - 1)
+    return 4 * (columns * (inner + 2 * value("ssm.group_count") * size) + size * inner)
+
+
+def compute_bytes(model: ModelInfo, settings: Settings) -> int:
+    """The compute buffer of a device that does a whole micro-batch and its output: an estimate, within some tens
+    of MiB with flash attention.
+
+    The larger of two moments: the output (logits of every token of the micro-batch beside two hidden states), and
+    a layer (the attention mask with the widest of feed-forward and attention).
+    """
+    batch = ubatch_of(model, settings)
+    context = context_of(model, settings)
+    flash = settings.flash_attention != "off"
+    output = 4 * batch * (model.n_vocab + 2 * model.n_embd)
+    mask = (2 if flash else 4) * context * batch
+    width = max(model.n_ff, default=0)
+    if model.is_moe:
+        expert = _expert_width(model) or width
+        ffn = 4 * batch * model.n_expert_used * (3 * expert + 2 * model.n_embd)
+    else:
+        ffn = 4 * batch * (2 * width + 2 * model.n_embd)
+    scores = 0 if flash else 4 * batch * max(model.n_head, default=0) * context
+    return max(output, mask + max(ffn, scores))
+
+
+def _expert_width(model: ModelInfo) -> int:
+    """Neurons of one routed expert."""
+    key = f"{model.architecture}.expert_feed_forward_length"
+    value = model.metadata.get(key, 0)
+    return int(value) if isinstance(value, int) else 0
