@@ -208,14 +208,24 @@ def _text(value: str | bytes) -> str:
 
 
 def _with_details(devices: Sequence[Device], cards: Sequence[Mapping[str, Any]]) -> tuple[Device, ...]:
-    """Give devices NVML's answers where it is certain which card is which: ggml tells names only, and the
-    order of equal cards depends on settings of the driver."""
+    """Give devices NVML's answers where it is certain which card is which: by PCI address, or, where ggml
+    tells none, by a name that only one card and one device of the backend have."""
     names = [card.get("name") for card in cards]
+    by_address = {_pci_address(card["pci_bus_id"]): card for card in cards if "pci_bus_id" in card}
     found = []
     for device in devices:
         same = sum(1 for d in devices if d.backend == device.backend and d.description == device.description)
-        local = device.backend in ("CUDA", "Vulkan")
-        if local and same == 1 and names.count(device.description) == 1:
-            device = dataclasses.replace(device, details=cards[names.index(device.description)])
-        found.append(device)
+        details = None
+        if device.backend in ("CUDA", "Vulkan"):  # what a remote server offers is not one of our cards
+            if device.device_id:
+                details = by_address.get(_pci_address(device.device_id))
+            elif same == 1 and names.count(device.description) == 1:
+                details = cards[names.index(device.description)]
+        found.append(device if details is None else dataclasses.replace(device, details=details))
     return tuple(found)
+
+
+def _pci_address(text: str) -> str:
+    """ggml writes the domain with four digits, NVML with eight."""
+    domain, _, rest = text.casefold().partition(":")
+    return f"{domain.lstrip('0') or '0'}:{rest}"

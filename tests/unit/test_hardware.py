@@ -302,3 +302,17 @@ def test_details_only_where_it_is_certain_which_card_is_which() -> None:
     devices = [cuda(0, "A"), cuda(1, "B"), cuda(2, "B"), Device("RPC0", "gpu", "A", 1, 1, "RPC")]
     details = [d.details for d in hardware._with_details(devices, cards)]
     assert details == [cards[0], {}, {}, {}]
+
+
+def test_details_by_pci_address() -> None:
+    cards = [
+        {"name": "A", "pci_bus_id": "00000000:01:00.0"},
+        {"name": "A", "pci_bus_id": "00000000:C1:00.0"},
+    ]
+    devices = [
+        Device("CUDA0", "gpu", "A", 1, 1, "CUDA", device_id="0000:c1:00.0"),
+        Device("Vulkan0", "gpu", "A", 1, 1, "Vulkan", device_id="0000:01:00.0"),
+        Device("Vulkan1", "gpu", "A", 1, 1, "Vulkan", device_id="0000:07:00.0"),
+    ]
+    details = [d.details for d in hardware._with_details(devices, cards)]
+    assert details == [cards[1], cards[0], {}]
