@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,23 +69,31 @@ class Engine:
         self.plan = plan
         self.stats = GenerationStats()
         self._closed = False
-        self._busy = threading.Lock()
+        self._busy = threading.Lock()  # held for a whole request
+        self._computing = threading.Lock()  # held while llama.cpp works on it: close() waits for this one
         self._cancelled = threading.Event()
+        self._cancel_lock = threading.Lock()  # the event and llama.cpp's flag change together
         log.set_verbose(verbose)
         devices.load_modules(plan.rpc)
         self._parameters = Parameters(plan)
         started = time.perf_counter()
         self._llama = self._load(progress, cancel or threading.Event())
         self.load_seconds = time.perf_counter() - started
-        self.n_ctx: int = self._llama.n_ctx()
-        planned = {row.device: row for row in plan.memory}
-        self.memory: tuple[DeviceReport, ...] = tuple(
-            DeviceReport(row.device, planned.get(row.device), row)
-            for row in memory.allocated(self._llama.ctx)
-        )
+        try:
+            self.n_ctx: int = self._llama.n_ctx()
+            planned = {row.device: row for row in plan.memory}
+            self.memory: tuple[DeviceReport, ...] = tuple(
+                DeviceReport(row.device, planned.get(row.device), row)
+                for row in memory.allocated(self._llama.ctx)
+            )
+        except BaseException:
+            self.close()  # nobody else will
+            raise
 
     def _load(self, progress: Callable[[float], None] | None, cancel: threading.Event) -> Any:
         from pathlib import Path
+
+        from jinja2 import TemplateError
 
         from tensortier._llama import log
         from tensortier._llama.metered import MeteredLlama
@@ -93,10 +102,15 @@ class Engine:
         if not Path(self.plan.model).is_file():
             raise ModelNotFound(f"there is no file {self.plan.model}")
 
+        raised: list[BaseException] = []  # by ``progress``: an exception cannot pass through llama.cpp
+
         def on_progress(fraction: float) -> bool:
-            if progress is not None:
-                progress(fraction)
-            return not cancel.is_set()
+            try:
+                if progress is not None:
+                    progress(fraction)
+            except BaseException as exc:
+                raised.append(exc)
+            return not raised and not cancel.is_set()
 
         def edit_model(params: Any) -> None:
             self._parameters.edit_model(params)
@@ -111,11 +125,15 @@ class Engine:
                     n_batch=self.plan.settings.n_batch,
                     verbose=False,
                 )
-        except (ValueError, RuntimeError, AssertionError) as exc:
+        except TemplateError as exc:
+            raise LoadError(f"the chat template of {self.plan.model} is not valid: {exc}") from exc
+        except (ValueError, RuntimeError, AssertionError, MemoryError) as exc:
+            if raised:
+                raise raised[0] from None
             if cancel.is_set():
                 raise Cancelled("loading was cancelled") from exc
             reason = record.reason(str(exc))
-            if record.out_of_memory:
+            if record.out_of_memory or isinstance(exc, MemoryError):
                 raise OutOfMemory(f"not enough memory for {self.plan.model}: {reason}") from exc
             raise LoadError(f"llama.cpp does not load {self.plan.model}: {reason}") from exc
         if cancel.is_set():
@@ -141,7 +159,10 @@ class Engine:
     ) -> Iterator[Piece]:
         """Streams the answer to a conversation (OpenAI's message format) through the model's chat template.
 
+        ``response_format``: {"type": "json_object"} with or without "schema", or {"type": "json_schema"}.
+
         Raises:
+            UsageError: the grammar, the schema, the tools or the messages cannot be used.
             ContextFull: the conversation does not fit in the context.
             Cancelled: ``cancel`` was called; ``stats`` and the pieces so far stand.
             GenerationError: llama.cpp failed.
@@ -152,7 +173,7 @@ class Engine:
         if tool_choice is not None:
             options["tool_choice"] = tool_choice
         if response_format is not None:
-            options["response_format"] = response_format
+            options |= self._format(response_format)
         return self._stream(
             lambda: self._llama.create_chat_completion(messages=list(messages), stream=True, **options)
         )
@@ -166,8 +187,9 @@ class Engine:
     def cancel(self) -> None:
         """Has the request under way raise ``Cancelled`` soon, also in the middle of a long prompt. Without one
         it does nothing."""
-        self._cancelled.set()
-        self._parameters.abort(True)
+        with self._cancel_lock:
+            self._cancelled.set()
+            self._parameters.abort(True)
 
     def _options(self, sampling: Sampling) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -184,26 +206,72 @@ class Engine:
             "stop": list(sampling.stop),
         }
         if sampling.grammar is not None:
-            from llama_cpp import LlamaGrammar
-
-            try:
-                self._llama.check_grammar(sampling.grammar)
-            except ValueError as exc:
-                raise UsageError(f"the grammar is not valid GBNF: {exc}") from exc
-            options["grammar"] = LlamaGrammar.from_string(sampling.grammar, verbose=False)
+            options["grammar"] = self._grammar(sampling.grammar, "the grammar is not valid GBNF")
         return options
 
-    def _stream(self, start: Callable[[], Any]) -> Iterator[Piece]:
+    def _grammar(self, text: str, complaint: str) -> Any:
+        from llama_cpp import LlamaGrammar
+
+        with self._computing:
+            self._check_open()
+            try:
+                self._llama.check_grammar(text)
+            except ValueError as exc:
+                raise UsageError(f"{complaint}: {exc}") from exc
+        return LlamaGrammar.from_string(text, verbose=False)
+
+    def _format(self, response_format: dict[str, Any]) -> dict[str, Any]:
+        """OpenAI's ``response_format`` as an option of the bindings. Those know no "json_schema", and take a
+        schema they cannot translate for "any JSON" without a word."""
+        from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
+
+        kind = response_format.get("type")
+        if kind == "text":
+            return {}
+        if kind == "json_schema":
+            schema = (response_format.get("json_schema") or {}).get("schema")
+            if schema is None:
+                raise UsageError('response_format "json_schema" needs json_schema.schema')
+        elif kind == "json_object":
+            schema = response_format.get("schema")
+        else:
+            raise UsageError(f'response_format is "text", "json_object" or "json_schema", not {kind!r}')
+        if schema is None:
+            return {"grammar": self._grammar(JSON_GBNF, "llama.cpp does not take its JSON grammar")}
+        complaint = "the JSON schema of response_format cannot be used"
+        try:
+            text = json_schema_to_gbnf(json.dumps(schema))
+        except Exception as exc:  # the translator asserts, looks up and casts what it was given
+            raise UsageError(f"{complaint}: {exc or type(exc).__name__}") from exc
+        return {"grammar": self._grammar(text, complaint)}
+
+    def _check_open(self) -> None:
         if self._closed:
             raise GenerationError("the engine is closed")
+
+    def _stream(self, start: Callable[[], Any]) -> Iterator[Piece]:
+        self._check_open()
         if not self._busy.acquire(blocking=False):
             raise GenerationError("the engine is busy with another request")
-        meter = self._llama.start_meter()
         reason: str | None = None
+        chunks: Iterator[Any] | None = None
+        meter = self._llama.start_meter()
         try:
-            self._cancelled.clear()
-            self._parameters.abort(False)
-            for chunk in start():
+            with self._cancel_lock:
+                self._cancelled.clear()
+                self._parameters.abort(False)
+            while True:
+                with self._computing:
+                    self._check_open()
+                    try:
+                        if chunks is None:
+                            chunks = _begin(start)
+                        chunk = next(chunks, None)
+                    except BaseException:
+                        self._llama.forget_interrupted()
+                        raise
+                if chunk is None:
+                    return
                 piece = _piece(chunk)
                 reason = piece.finish_reason or reason
                 if piece.text or piece.delta or piece.finish_reason:
@@ -217,8 +285,6 @@ class Engine:
         finally:
             self.stats = meter.stats(reason)
             self._parameters.abort(False)
-            if self._cancelled.is_set():
-                self._llama.forget_interrupted()
             self._busy.release()
 
     def _translate(self, exc: Exception) -> TensortierError:
@@ -234,9 +300,11 @@ class Engine:
     # --- life
 
     def close(self) -> None:
-        """Frees the model and everything it holds. Closing twice is fine."""
-        if not self._closed:
-            self._closed = True
+        """Frees the model and everything it holds. Closing twice is fine. A request under way raises
+        ``Cancelled``; in another thread, this waits until llama.cpp has let go of it."""
+        self._closed = True
+        self.cancel()
+        with self._computing:
             self._llama.close()
 
     def __enter__(self) -> Engine:
@@ -246,6 +314,17 @@ class Engine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _begin(start: Callable[[], Any]) -> Iterator[Any]:
+    """Renders the chat template and prepares the request; nothing is computed yet, so what fails is the request:
+    templates raise errors of their own, and the bindings look up and index what they were given unchecked."""
+    from jinja2 import TemplateError
+
+    try:
+        return iter(start())
+    except (TemplateError, ValueError, LookupError, TypeError) as exc:
+        raise UsageError(f"this request cannot be used: {exc!s:.200}") from exc
 
 
 def _piece(chunk: dict[str, Any]) -> Piece:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -217,3 +218,116 @@ def test_closing_frees_and_may_be_repeated(tiny_path: Path) -> None:
     engine.close()
     with pytest.raises(GenerationError, match="closed"):
         list(engine.complete("x"))
+
+
+SCHEMA = {"type": "object", "properties": {"count": {"enum": [7, 42]}}, "required": ["count"]}
+ASK = [{"role": "user", "content": "Give me a number."}]
+
+
+@pytest.mark.parametrize(
+    "response_format",
+    [
+        {"type": "json_object", "schema": SCHEMA},
+        {"type": "json_schema", "json_schema": {"name": "number", "schema": SCHEMA}},
+    ],
+)
+def test_response_format_is_that_of_the_bindings(
+    engine: Engine, smollm2_path: Path, response_format: dict[str, Any]
+) -> None:
+    """OpenAI's "json_schema" too, which the bindings do not know and pass over."""
+    reference = stock(smollm2_path)
+    expected = reference.create_chat_completion(
+        ASK, temperature=0.0, max_tokens=24, response_format={"type": "json_object", "schema": SCHEMA}
+    )
+    reference.close()
+    text = "".join(p.text for p in engine.chat(ASK, GREEDY, response_format=response_format))
+    assert text == expected["choices"][0]["message"]["content"]
+    assert json.loads(text)["count"] in (7, 42)
+
+
+def test_tool_calls(engine: Engine) -> None:
+    tools = [{"type": "function", "function": {"name": "count", "description": "", "parameters": SCHEMA}}]
+    choice = {"type": "function", "function": {"name": "count"}}
+    pieces = list(engine.chat(ASK, GREEDY, tools=tools, tool_choice=choice))
+    calls = [p.delta["tool_calls"][0]["function"] for p in pieces if p.delta and p.delta.get("tool_calls")]
+    assert {call["name"] for call in calls} == {"count"}
+    assert json.loads("".join(call["arguments"] for call in calls))["count"] in (7, 42)
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "told"),
+    [
+        (ASK, {"response_format": {"type": "xml"}}, "'xml'"),
+        (ASK, {"response_format": {"type": "json_schema"}}, "needs json_schema.schema"),
+        (ASK, {"response_format": {"type": "json_object", "schema": {"type": "bogus"}}}, "JSON schema"),
+        (ASK, {"tools": [], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "'g' not found"),
+        ([{"role": "user"}], {}, "content"),
+    ],
+)
+def test_requests_that_make_no_sense(
+    engine: Engine, messages: list[dict[str, Any]], options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        list(engine.chat(messages, GREEDY, **options))
+
+
+def test_a_context_that_llama_cpp_rounds_up(smollm2_path: Path) -> None:
+    """300 cells become 512; a prompt between the two fits."""
+    with Engine(Plan(model=str(smollm2_path), settings=Settings(n_ctx=300, threads=2))) as engine:
+        assert engine.n_ctx == 512
+        assert list(engine.complete("word " * 400, Sampling(temperature=0, max_tokens=2)))
+        assert engine.stats.prompt_tokens > 300
+
+
+def test_closing_while_it_computes(smollm2_path: Path) -> None:
+    """From another thread, in the middle of a prompt that takes many seconds: it waits, and nothing crashes."""
+    settings = Settings(n_ctx=8192, n_batch=4096, n_ubatch=4096, threads=2)
+    engine = Engine(Plan(model=str(smollm2_path), settings=settings))
+    timer = threading.Timer(0.5, engine.close)
+    timer.start()
+    with pytest.raises(Cancelled):
+        list(engine.complete("one two three four five " * 1300, GREEDY))
+    timer.join()
+    assert engine._llama.ctx is None
+
+
+def test_closing_under_a_request_that_waits(tiny_path: Path) -> None:
+    engine = Engine(Plan(model=str(tiny_path), settings=Settings(n_ctx=256, threads=1)))
+    pieces = engine.complete("x", Sampling(max_tokens=-1))
+    next(pieces)
+    engine.close()
+    with pytest.raises(Cancelled):
+        next(pieces)
+
+
+def test_an_error_of_the_progress_callback_comes_through(smollm2_path: Path) -> None:
+    def progress(fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Engine(Plan(model=str(smollm2_path), settings=Settings(load_mode="none")), progress=progress)
+
+
+def test_an_interrupted_step_leaves_no_stale_logits(engine: Engine) -> None:
+    """Ctrl-C arrives after llama.cpp has computed the token after the prompt; the same prompt again must not be
+    continued from those logits."""
+    short = Sampling(temperature=0, max_tokens=3)
+    prompt = "The capital of France is the city of"
+    expected = "".join(p.text for p in engine.complete(prompt, short))
+    engine._llama.reset()
+    list(engine.complete(prompt, Sampling(temperature=0, max_tokens=1)))
+    decode = engine._llama._ctx.decode
+
+    def interrupted(batch: Any) -> None:
+        decode(batch)
+        if batch.n_tokens() == 1:
+            raise KeyboardInterrupt
+
+    engine._llama.reset()
+    engine._llama._ctx.decode = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.complete(prompt, short))
+    finally:
+        del engine._llama._ctx.decode
+    assert "".join(p.text for p in engine.complete(prompt, short)) == expected

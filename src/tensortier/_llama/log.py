@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 LEVEL_WARN = 3  # ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 continuation of the last line
@@ -22,8 +25,10 @@ _PREFIX = re.compile(r"^(?:[\w:~]+: )+(?:error loading model: |error: )?")
 
 class _Log:
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.lines: deque[tuple[int, str]] = deque(maxlen=400)
+        # Reentrant: a garbage collection inside it may free a model, which logs.
+        self.lock = threading.RLock()
+        self.lines: deque[tuple[int, int, str]] = deque(maxlen=400)  # number, level, text
+        self.count = 0
         self.partial = ""
         self.level = 0
         self.verbose = False
@@ -37,7 +42,8 @@ class _Log:
             *whole, self.partial = (self.partial + text).split("\n")
             for line in whole:
                 if line.strip():
-                    self.lines.append((self.level, line.strip()))
+                    self.count += 1
+                    self.lines.append((self.count, self.level, line.strip()))
 
 
 _log = _Log()
@@ -60,20 +66,46 @@ def set_verbose(verbose: bool) -> None:
     _log.verbose = verbose
 
 
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[list[str]]:
+    """Keeps what C code writes to the process's standard error; the lines are there when the block is left.
+
+    For the few messages that llama.cpp prints around its log. For the shortest time possible: what other
+    threads write meanwhile is kept too.
+    """
+    lines: list[str] = []
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no standard error, so nothing can get there
+        yield lines
+        return
+    reading, writing = os.pipe()
+
+    def read() -> None:  # beside the block, since a pipe takes 64 KiB and then waits
+        with os.fdopen(reading, encoding="utf-8", errors="replace") as pipe:
+            lines.extend(line.strip() for line in pipe)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    os.dup2(writing, 2)
+    os.close(writing)
+    try:
+        yield lines
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        reader.join()
+
+
 class Recording:
-    """The lines logged since it was made. One at a time: making another forgets the lines so far."""
+    """The last lines logged since it was made, by every thread."""
 
     def __init__(self) -> None:
-        with _log.lock:
-            _log.lines.clear()
+        self._start = _log.count
 
     def lines(self, at_least: int = LEVEL_WARN) -> list[str]:
         with _log.lock:
-            return [line for level, line in _log.lines if level >= at_least]
-
-    def all_lines(self) -> list[str]:
-        with _log.lock:
-            return [line for _, line in _log.lines]
+            return [line for n, level, line in _log.lines if n > self._start and level >= at_least]
 
     @property
     def out_of_memory(self) -> bool:

@@ -10,6 +10,7 @@ from tensortier._llama.libs import llama as _initialised
 
 _initialised()  # takes over llama.cpp's log before the class below is made
 
+import numpy as np  # noqa: E402
 from llama_cpp import Llama  # noqa: E402
 
 from tensortier._llama import log  # noqa: E402
@@ -47,6 +48,12 @@ class MeteredLlama(Llama):  # type: ignore[misc]  # the bindings are untyped
 
     meter = Meter()
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # llama.cpp rounds the context up to a multiple of 256 cells; the bindings make room for what was asked
+        # only, and fail on a prompt between the two.
+        self.input_ids = np.ndarray((self.n_ctx(),), dtype=np.intc)
+
     def start_meter(self) -> Meter:
         """A fresh meter for the request that begins now."""
         self.meter = Meter()
@@ -76,10 +83,19 @@ class MeteredLlama(Llama):  # type: ignore[misc]  # the bindings are untyped
         """ValueError with llama.cpp's reason for a text that is not GBNF. Asked first, because the bindings
         pass on the null sampler that llama.cpp makes of a bad grammar, and the process dies of it."""
         bindings = _initialised()
+        if not grammar.strip():  # llama.cpp takes it for no grammar at all
+            raise ValueError("it is empty")
+        if "\0" in grammar:
+            raise ValueError("it holds a NUL character, where llama.cpp would stop reading")
         record = log.Recording()
-        sampler = bindings.llama_sampler_init_grammar(self._model.vocab, grammar.encode(), b"root")
+        with log.captured_stderr() as printed:  # the parser prints its reason there
+            sampler = bindings.llama_sampler_init_grammar(self._model.vocab, grammar.encode(), b"root")
         if not sampler:
-            raise ValueError(record.reason("it has no rule named root, or does not parse"))
+            parser = [line.partition("error parsing grammar: ")[2] for line in printed]
+            told = [reason for reason in parser if reason]
+            raise ValueError(
+                told[0] if told else record.reason("it has no rule named root, or does not parse")
+            )
         bindings.llama_sampler_free(sampler)
 
     def forget_interrupted(self) -> None:
