@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 
 from tensortier.errors import PatternError, UsageError
@@ -28,10 +29,16 @@ def threads_for(asked: int) -> int:
 
 def gpus(hardware: Hardware) -> tuple[Device, ...]:
     """The devices llama.cpp offloads to by default, in its order: remote servers, then cards, and integrated
-    graphics only where there is no card."""
+    graphics only where there is no card. One device that two backends show counts once, for the first: a card
+    by its address, integrated graphics by the backend (llama_prepare_model_devices)."""
     remote = [d for d in hardware.devices if d.kind == "gpu" and d.backend == "RPC"]
-    cards = [d for d in hardware.devices if d.kind == "gpu" and d.backend != "RPC"]
+    cards: list[Device] = []
+    for device in hardware.devices:
+        known = {card.device_id for card in cards if card.device_id}
+        if device.kind == "gpu" and device.backend != "RPC" and device.device_id not in known:
+            cards.append(device)
     integrated = [d for d in hardware.devices if d.kind == "igpu"]
+    integrated = [d for d in integrated if d.backend == integrated[0].backend]
     return (*remote, *(cards or integrated))
 
 
@@ -45,16 +52,26 @@ def layer_devices(model: ModelInfo, placement: Placement, free: Mapping[str, int
     offloaded = total if placement.n_gpu_layers < 0 else min(placement.n_gpu_layers, total)
     if not placement.devices:
         offloaded = 0
-    shares = list(placement.tensor_split) or [float(free.get(d, 0)) for d in placement.devices]
+    shares = list(placement.tensor_split)
     shares += [0.0] * (len(placement.devices) - len(shares))
     if not any(shares):
+        shares = [float(free.get(d, 0)) for d in placement.devices]
+    if not any(shares):
         shares = [1.0] * len(placement.devices)
-    ends = [sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
+    # in single precision, as llama.cpp computes: a layer on the border goes where rounding sends it
+    ends = [0.0, *shares]
+    for i in range(1, len(ends)):
+        ends[i] = _single(ends[i - 1] + _single(ends[i]))
+    ends = [_single(end / ends[-1]) for end in ends[1:]]
     first = total - offloaded
     return tuple(
-        "CPU" if i < first else placement.devices[bisect.bisect_right(ends, (i - first) / offloaded)]
+        "CPU" if i < first else placement.devices[bisect.bisect_right(ends, _single((i - first) / offloaded))]
         for i in range(total)
     )
+
+
+def _single(x: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", x))[0])
 
 
 def resolve(model: ModelInfo, placement: Placement, free: Mapping[str, int]) -> dict[str, str]:

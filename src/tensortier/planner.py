@@ -33,7 +33,7 @@ def manual_plan(
         plan,
         memory=rows,
         reasons=("placed by hand",),
-        warnings=(*warnings, *_shortages(hardware, rows)),
+        warnings=(*warnings, *_beyond_training(model, settings), *_shortages(hardware, rows)),
     )
 
 
@@ -55,7 +55,9 @@ def simple_plan(model: ModelInfo, hardware: Hardware, settings: Settings, *, rpc
                 plan, hardware, probe.ask(plan), ["no GPU here: all weights and the KV cache in RAM"]
             )
         names = tuple(room)
-        plan = dataclasses.replace(plan, placement=Placement(devices=names, n_gpu_layers=-1))
+        # Shares are written down, so that the layers are where they were planned whatever is free at the load.
+        shares = tuple(float(r) for r in room.values()) if len(names) > 1 and any(room.values()) else ()
+        plan = dataclasses.replace(plan, placement=Placement(names, n_gpu_layers=-1, tensor_split=shares))
         rows = probe.ask(plan)
         if not _excess(rows, room):
             return _finish(plan, hardware, rows, ["everything fits on " + " and ".join(names)])
@@ -125,7 +127,7 @@ def _whole_layers(
     spill_all = compact([t for t in model.tensors if t.role.is_routed_expert or t.role.is_dense_ffn])
 
     def at(n: int) -> Plan:
-        place = Placement(plan.placement.devices, n, overrides=spill_all) if n else Placement()
+        place = dataclasses.replace(plan.placement, n_gpu_layers=n, overrides=spill_all) if n else Placement()
         return dataclasses.replace(plan, placement=place)
 
     low, high = 0, model.n_layers + 1  # low fits (on no device at all), high does not
@@ -140,16 +142,26 @@ def _whole_layers(
 
 def compact(tensors: Sequence[Tensor]) -> tuple[Override, ...]:
     """Anchored overrides that send exactly these block tensors to the CPU: one for each kind of tensor."""
-    layers: dict[str, set[int]] = {}
+    layers: dict[tuple[str, str], set[int]] = {}
     for tensor in tensors:
         assert tensor.layer is not None
-        layers.setdefault(tensor.name.split(".", 2)[2], set()).add(tensor.layer)
+        prefix, suffix = tensor.name.split(f".{tensor.layer}.", 1)  # "blk", or "enc.blk" and "dec.blk"
+        layers.setdefault((prefix, suffix), set()).add(tensor.layer)
     return tuple(
         Override(
-            rf"^blk\.({'|'.join(map(str, sorted(numbers)))})\.{suffix.replace('.', chr(92) + '.')}$", "CPU"
+            "^" + rf"{prefix}.({'|'.join(map(str, sorted(numbers)))}).{suffix}$".replace(".", r"\."), "CPU"
         )
-        for suffix, numbers in sorted(layers.items())
+        for (prefix, suffix), numbers in sorted(layers.items())
     )
+
+
+def _beyond_training(model: ModelInfo, settings: Settings) -> list[str]:
+    if not 0 < model.context_length < settings.n_ctx:
+        return []
+    return [
+        f"the context of {settings.n_ctx} tokens is longer than the {model.context_length} that this model was "
+        "trained for: what it writes beyond them is likely to be nonsense"
+    ]
 
 
 def _finish(plan: Plan, hardware: Hardware, rows: tuple[DeviceMemory, ...], reasons: Sequence[str]) -> Plan:

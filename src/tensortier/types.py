@@ -127,6 +127,7 @@ class Device:
     backend: str  # ggml's name of the registry: "CPU", "CUDA", "Vulkan", "RPC"
     buffer_type: str = ""  # what llama.cpp's -ot calls it, where that differs: "RPC0[127.0.0.1:50052]"
     details: Mapping[str, Any] = field(default_factory=dict)  # NVML's answers, where there are any
+    device_id: str = ""  # PCI address, the same for one card under two backends; empty where ggml has none
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Settings:
     type_k: str = "f16"
     type_v: str = "f16"
     flash_attention: str = "auto"  # "auto", "on", "off"
-    threads: int = 0  # 0: the performance cores
+    threads: int = 0  # 0: one per physical core that this process may use
     threads_batch: int = 0  # 0: as threads
     load_mode: str = "auto"  # "auto", "mmap", "none", "mlock", "mmap+mlock", "direct"
     repack: bool = True  # let the CPU backend reorder weights for faster kernels
@@ -223,6 +224,16 @@ class Plan:
     rpc: tuple[str, ...] = ()  # host:port of remote servers that must be registered first
     reasons: tuple[str, ...] = ()  # one sentence each: why it is so
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Export:
+    """A plan in the terms of another engine."""
+
+    target: str  # one of export.TARGETS
+    argv: tuple[str, ...]  # the command, unquoted; empty where the engine is not started by one
+    files: Mapping[str, str]  # name -> content, to be written beside where the command runs
+    lost: tuple[str, ...] = ()  # one sentence for each thing the engine cannot be told
 
 
 @dataclass(frozen=True)

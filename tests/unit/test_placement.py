@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tensortier import gguf, memory, placement, planner
@@ -226,3 +228,59 @@ class TestSimplePlan:
     def test_what_does_not_fit_in_ram_is_said(self, smollm2: ModelInfo) -> None:
         plan = planner.simple_plan(smollm2, machine(ram_gib=0.1), Settings())
         assert "CPU has 0.10 GiB free" in plan.warnings[0]
+
+
+def test_one_card_under_two_backends_counts_once() -> None:
+    """As llama.cpp chooses its devices: by PCI address; integrated graphics of one backend only."""
+    card = Device("CUDA0", "gpu", "", GIB, GIB, "CUDA", device_id="0000:01:00.0")
+    again = Device("Vulkan0", "gpu", "", GIB, GIB, "Vulkan", device_id="0000:01:00.0")
+    other = Device("Vulkan1", "gpu", "", GIB, GIB, "Vulkan", device_id="0000:02:00.0")
+    nameless = [Device(f"X{i}", "gpu", "", GIB, GIB, "X") for i in range(2)]
+    integrated = [Device(n, "igpu", "", GIB, GIB, n[:-1]) for n in ("Vulkan0", "Vulkan1", "SYCL0")]
+
+    def chosen(*devices: Device) -> list[str]:
+        return [d.name for d in placement.gpus(dataclasses.replace(machine(), devices=devices))]
+
+    assert chosen(card, again, other, *nameless, *integrated) == ["CUDA0", "Vulkan1", "X0", "X1"]
+    assert chosen(*integrated) == ["Vulkan0", "Vulkan1"]
+
+
+def test_a_layer_on_the_border_goes_where_single_precision_sends_it(smollm2: ModelInfo) -> None:
+    """0.1 + 0.2 is 0.3 in llama.cpp's floats and more than that in Python's; numpy does it in theirs."""
+    rng = random.Random(3)
+    names = ("A", "B", "C")
+    cases = [(0.1, 0.2, 0.7), *(tuple(rng.randrange(1, 30) / 10 for _ in names) for _ in range(200))]
+    for shares in cases:
+        for n in (10, 20, 30, -1):
+            ends = np.cumsum(np.array(shares, dtype=np.float32), dtype=np.float32)
+            ends /= ends[-1]
+            count = 31 if n < 0 else n
+            points = np.arange(count, dtype=np.float32) / np.float32(count)
+            expected = [names[i] for i in np.searchsorted(ends, points, side="right")]
+            assert placement.layer_devices(smollm2, Placement(names, n, shares), {})[-count:] == tuple(
+                expected
+            )
+
+
+def test_compact_overrides_of_an_encoder_and_decoder(smollm2: ModelInfo) -> None:
+    source = next(t for t in smollm2.tensors if t.name == "blk.3.ffn_up.weight")
+    tensors = [
+        dataclasses.replace(source, name=f"{side}.blk.{i}.ffn_up.weight", layer=i)
+        for side in ("enc", "dec")
+        for i in (0, 1)
+    ]
+    model = dataclasses.replace(smollm2, tensors=(source, *tensors))
+    place = Placement(("CUDA0",), -1, overrides=planner.compact(tensors[:3]))
+    where = placement.resolve(model, place, {})
+    assert [name for name, device in where.items() if device == "CPU"] == [t.name for t in tensors[:3]]
+
+
+def test_the_shares_of_two_devices_are_written_down(smollm2: ModelInfo, two_servers: tuple[str, str]) -> None:
+    """llama.cpp shares the layers out by what is free when it loads; the plan must not depend on that."""
+    devices = tuple(Device(f"RPC{i}", "gpu", "", s, s, "RPC") for i, s in enumerate((GIB, GIB // 4)))
+    hardware = dataclasses.replace(machine(), devices=(*devices, *machine().devices))
+    plan = planner.simple_plan(smollm2, hardware, Settings(n_ctx=256), rpc=two_servers)
+    kv = {r.device: r.kv_bytes for r in plan.memory}
+    assert kv["RPC0"] * 5 == kv["RPC1"] * 25  # 25 blocks here, 5 there and the output
+    told = placement.layer_devices(smollm2, plan.placement, {})
+    assert [told.count("RPC0"), told.count("RPC1")] == [25, 6]

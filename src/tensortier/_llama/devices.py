@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from tensortier import backends
@@ -20,6 +21,26 @@ from tensortier.errors import BackendError, PatternError, TensortierError
 from tensortier.types import Device
 
 _KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel", 4: "meta"}  # enum ggml_backend_dev_type
+
+
+class _Props(ctypes.Structure):
+    """``ggml_backend_dev_props``"""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", ctypes.c_size_t),
+        ("memory_total", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("caps", ctypes.c_bool * 16),  # flags that nobody reads here; fewer than that
+    )
+
+
+# ggml-rpc.cpp: the first command of a connection, and the bytes of capabilities in it and in its answer
+_RPC_HELLO = 14
+_RPC_CAPS = 24
+_RPC_SECONDS = 5
 
 _loaded: set[str] = set()  # modules, by name
 _servers: set[str] = set()  # remote servers, by endpoint
@@ -60,13 +81,7 @@ def _add_server(endpoint: str) -> None:
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise BackendError(f"--rpc takes host:port, not {endpoint!r}")
-    # ggml ends the process when it cannot connect, so look first.
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except OSError as exc:
-        raise BackendError(
-            f"no RPC server answers at {endpoint} ({exc.strerror or exc}); start one there"
-        ) from exc
+    _greet(endpoint, host, int(port))
     if "rpc" not in _loaded:
         path = backends.module_path("rpc")
         if path is None:
@@ -88,6 +103,39 @@ def _add_server(endpoint: str) -> None:
     _servers.add(endpoint)
 
 
+def _greet(endpoint: str, host: str, port: int) -> None:
+    """Says HELLO as ggml's client does (ggml-rpc.cpp). It comes first because ggml ends the process when the
+    answer is another than it expects, and waits without end for none.
+
+    Raises:
+        BackendError: nobody answers, or nobody who speaks ggml's protocol.
+    """
+    request = bytes([_RPC_HELLO]) + _RPC_CAPS.to_bytes(8, "little") + bytes(_RPC_CAPS)
+    wanted = 8 + 4 + _RPC_CAPS  # size, version, capabilities
+    answer = b""
+    try:
+        # one time limit for all of it: a server may also answer a byte at a time
+        deadline = time.monotonic() + _RPC_SECONDS
+        with socket.create_connection((host, port), timeout=_RPC_SECONDS) as connection:
+            connection.sendall(request)
+            while len(answer) < wanted and (left := deadline - time.monotonic()) > 0:
+                connection.settimeout(left)
+                if not (data := connection.recv(wanted - len(answer))):
+                    break
+                answer += data
+    except TimeoutError as exc:
+        raise BackendError(
+            f"{endpoint} does not answer within {_RPC_SECONDS} s: it is unreachable, busy with another "
+            "client, or no RPC server"
+        ) from exc
+    except OSError as exc:
+        raise BackendError(
+            f"no RPC server answers at {endpoint} ({exc.strerror or exc}); start one there"
+        ) from exc
+    if len(answer) < wanted or int.from_bytes(answer[:8], "little") != wanted - 8:
+        raise BackendError(f"what answers at {endpoint} is no ggml RPC server, or one of another version")
+
+
 def _handles() -> Iterator[int]:
     count = ggml_function("ggml_backend_dev_count", ctypes.c_size_t)
     get = ggml_function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
@@ -107,29 +155,23 @@ def name_of(handle: int) -> str:
 
 def devices() -> list[Device]:
     """Every device ggml knows in this process, with its memory now."""
-    get_type = ggml_function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
     get_registry = ggml_function("ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)
-    get_memory = ggml_function(
-        "ggml_backend_dev_memory",
-        None,
-        ctypes.c_void_p,
-        ctypes.POINTER(ctypes.c_size_t),
-        ctypes.POINTER(ctypes.c_size_t),
-    )
+    get_props = ggml_function("ggml_backend_dev_get_props", None, ctypes.c_void_p, ctypes.POINTER(_Props))
     default = ggml_function("ggml_backend_dev_buffer_type", ctypes.c_void_p, ctypes.c_void_p)
     found = []
     for handle in _handles():
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        get_memory(handle, ctypes.byref(free), ctypes.byref(total))
+        props = _Props()
+        get_props(handle, ctypes.byref(props))
         found.append(
             Device(
                 name=name_of(handle),
-                kind=_KINDS.get(get_type(handle), "unknown"),
+                kind=_KINDS.get(props.type, "unknown"),
                 description=_string("ggml_backend_dev_description", handle),
-                memory_total=total.value,
-                memory_free=free.value,
+                memory_total=props.memory_total,
+                memory_free=props.memory_free,
                 backend=_string("ggml_backend_reg_name", get_registry(handle)),
                 buffer_type=_string("ggml_backend_buft_name", default(handle)),
+                device_id=(props.device_id or b"").decode(errors="replace"),
             )
         )
     return found
