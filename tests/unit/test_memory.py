@@ -67,7 +67,8 @@ def test_a_hybrid_keeps_a_state_and_little_kv(skeleton: Callable[[str], Path]) -
 
 
 @pytest.mark.parametrize(
-    ("cache_type", "per_32"), [("f16", 64), ("q8_0", 34), ("q5_1", 24), ("q5_0", 22), ("q4_1", 20), ("q4_0", 18)]
+    ("cache_type", "per_32"),
+    [("f16", 64), ("q8_0", 34), ("q5_1", 24), ("q5_0", 22), ("q4_1", 20), ("q4_0", 18)],
 )
 def test_kv_types(cache_type: str, per_32: int, skeleton: Callable[[str], Path]) -> None:
     settings = Settings(n_ctx=40960, type_k=cache_type, type_v=cache_type, flash_attention="on")
@@ -119,3 +120,12 @@ def test_closing_ends_the_process(tiny_path: Path) -> None:
         os.kill(pid, 0)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_dead_process_is_said_and_closes_cleanly(tiny_path: Path) -> None:
+    """What it did not read is still in the pipe's buffer, which must not fail the second time, at closing."""
+    with memory.Probe() as probe:
+        probe._process.kill()
+        probe._process.wait()
+        with pytest.raises(LoadError, match="gives up"):
+            probe.ask(Plan(model=str(tiny_path)))
