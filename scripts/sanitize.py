@@ -2,7 +2,7 @@
 
     python scripts/sanitize.py
 
-Needs gcc or clang with their sanitizer runtimes (Linux). Exits with 1 when a sanitizer reports anything.
+Needs gcc with its sanitizer runtimes (Linux). Exits with 1 when a sanitizer reports anything.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # The runtime has to be there before anything else, because Python itself is not built with it. Leaks are left
-# out: the interpreter keeps memory to its end, and the plug-in's own tests count what it frees.
+# out: the interpreter keeps memory to its end, and the report would be of that.
 RUNS = {
-    "address,undefined": ("libasan.so", {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}),
+    "address,undefined": (
+        "libasan.so",
+        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"},
+    ),
     "thread": ("libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1"}),
 }
 # The plug-in just built stands before the installed one on the package's path.
@@ -34,7 +37,9 @@ def main() -> int:
     for sanitizer, (runtime, options) in RUNS.items():
         folder = ROOT / "build" / f"sanitize-{sanitizer.replace(',', '-')}"
         configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
-        subprocess.run([*configure, f"-DTENSORTIER_SANITIZE={sanitizer}"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*configure, f"-DTENSORTIER_SANITIZE={sanitizer}"], check=True, stdout=subprocess.DEVNULL
+        )
         subprocess.run(["cmake", "--build", str(folder)], check=True, stdout=subprocess.DEVNULL)
         found = subprocess.run(
             ["c++", f"-print-file-name={runtime}"], capture_output=True, text=True, check=True
