@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "hardware": {"types", "errors"},
     "library": {"types", "errors", "paths", "gguf"},
     "formulas": {"types"},
+    "calibrate": {"types", "errors", "paths", "gguf", "_llama"},
     "placement": {"types", "errors", "patterns"},
     "planfile": {"types", "errors"},
     "memory": {"types", "errors", "planfile"},

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tensortier.cli.common import console, print_json
+from tensortier.cli.common import console, print_json, progress_bar
 from tensortier.cli.options import RpcOption, split_servers
+
+if TYPE_CHECKING:
+    from tensortier.calibrate import Calibration
+    from tensortier.types import Hardware
 
 
 def hardware(
@@ -20,13 +26,42 @@ def hardware(
         ),
     ] = None,
     rpc: RpcOption = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure what the devices and the drive achieve (under half a minute, on an idle machine) "
+            "and keep it; without it, what was measured before is shown.",
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show the processor, the memory, every device that llama.cpp can use, and the drive of PATH."""
+    from tensortier import calibrate as calibration
     from tensortier.hardware import probe, render, to_json
 
     found = probe(path, rpc=split_servers(rpc))
+    measured = _measure(found, path) if calibrate else calibration.load(found)
     if json:
-        print_json(to_json(found))
-    else:
-        render(found, console())
+        answer = to_json(found)
+        answer["calibration"] = None if measured is None else asdict(measured)
+        print_json(answer)
+        return
+    render(found, console())
+    if measured is not None:
+        calibration.render(measured, console())
+
+
+def _measure(found: Hardware, path: str | None) -> Calibration:
+    from pathlib import Path
+
+    from tensortier import calibrate as calibration
+
+    with progress_bar(sys.stderr.isatty(), "measuring") as report:
+        measured = calibration.calibrate(
+            found,
+            drive_path=Path(path) if path else None,
+            progress=None if report is None else lambda fraction, _what: report(fraction),
+        )
+    calibration.save(measured)
+    return measured

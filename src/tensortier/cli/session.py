@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import typer
 
@@ -22,7 +23,7 @@ from tensortier.cli.answer import (
     speed_line,
     stream_answer,
 )
-from tensortier.cli.common import note
+from tensortier.cli.common import note, progress_bar
 from tensortier.cli.worker import EXIT_INTERRUPTED, EngineThread
 from tensortier.errors import Cancelled, UsageError
 from tensortier.types import Plan, Sampling, Settings
@@ -30,6 +31,7 @@ from tensortier.types import Plan, Sampling, Settings
 if TYPE_CHECKING:
     from tensortier.engine import Engine
 
+_LONGEST_TEXT = 64 << 20  # bytes
 _WAIT_SECONDS = 2.0  # for piped data, before a line says what the program waits for
 
 
@@ -69,18 +71,38 @@ class Request:
     rpc: Sequence[str]
 
 
+def argument_text(value: str, option: str) -> str:
+    """An argument's text as UTF-8, whatever the locale says of it. Raises UsageError."""
+    try:
+        return os.fsencode(value).decode("utf-8")
+    except UnicodeError as exc:
+        raise UsageError(f"the text of {option} is not UTF-8") from exc
+
+
+def _read_all(stream: BinaryIO, what: str) -> str:
+    data = stream.read(_LONGEST_TEXT + 1)
+    if len(data) > _LONGEST_TEXT:  # a device without end among them
+        raise UsageError(f"{what} is longer than {_LONGEST_TEXT >> 20} MiB, more than any model can read")
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"{what} is not UTF-8 text") from exc
+
+
 def _read_text(path: Path, what: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as exc:
-        raise UsageError(f"{what} {path} is not UTF-8 text") from exc
+        with path.open("rb") as file:
+            return _read_all(file, f"{what} {path}")
     except OSError as exc:
         raise UsageError(f"{what} {path} cannot be read: {exc.strerror or exc}") from exc
 
 
 def read_grammar(path: Path) -> str:
     """The grammar file's text. Raises UsageError."""
-    return _read_text(path, "the grammar file")
+    text = _read_text(path, "the grammar file")
+    if not text.strip():
+        raise UsageError(f"the grammar file {path} is empty")
+    return text
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str | None:
@@ -110,9 +132,7 @@ def _read_standard_input() -> str:
     timer.daemon = True
     timer.start()
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as exc:
-        raise UsageError("standard input is not UTF-8 text") from exc
+        return _read_all(sys.stdin.buffer, "standard input")
     finally:
         timer.cancel()
 
@@ -132,22 +152,6 @@ def make_plan(request: Request) -> Plan:
         return planner.simple_plan(model, machine, request.settings, rpc=request.rpc)
     placed, warnings = placement.from_flags(model, machine, **vars(request.manual))
     return planner.manual_plan(model, machine, request.settings, placed, rpc=request.rpc, warnings=warnings)
-
-
-@contextmanager
-def _progress_bar(show: bool) -> Iterator[Callable[[float], None] | None]:
-    """A function that takes the loaded fraction, 0 to 1. The bar is gone at the end."""
-    if not show:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("loading"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("loading", total=1.0)
-        yield lambda fraction: progress.update(task, completed=fraction)
 
 
 def run_session(request: Request) -> None:
@@ -179,7 +183,7 @@ def _load(plan: Plan, worker: EngineThread, request: Request) -> Engine:
         return Engine(plan, progress=progress, verbose=request.verbose, cancel=cancel)
 
     bar = sys.stderr.isatty() and not request.quiet and not request.verbose
-    with _progress_bar(bar) as progress:
+    with progress_bar(bar, "loading") as progress:
         engine = worker.call(make, cancel.set)
     if cancel.is_set():  # too late for the engine to see
         worker.call(engine.close, lambda: None)

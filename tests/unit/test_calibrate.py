@@ -1,0 +1,97 @@
+"""Calibration: the arithmetic, the cache, and real measurements with bounds that physics sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tensortier import calibrate, hardware
+from tensortier.types import Hardware
+
+
+@pytest.fixture(scope="module")
+def machine() -> Hardware:
+    return hardware.probe()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def example(machine: Hardware) -> calibrate.Calibration:
+    return calibrate.Calibration(
+        calibrate.fingerprint(machine),
+        12.5,
+        (calibrate.Product("CPU", "Q4_K", 2, 1, True, 3e10, 0.02),),
+        (calibrate.Attention("CPU", "F16", 2, 2e10, 0.01),),
+        (calibrate.DriveRead("/", 1 << 20, 4, 1.5e9),),
+        ("a note",),
+    )
+
+
+def test_disturbed_runs_do_not_count() -> None:
+    seconds, spread = calibrate.robust([1.00, 1.01, 1.02, 9.0, 50.0])
+    assert seconds == 1.01
+    assert spread == pytest.approx(0.01, rel=0.02)
+    assert calibrate.robust([2.0]) == (2.0, 0.0)
+
+
+def test_kept_and_found_again(machine: Hardware, cache: Path) -> None:
+    assert calibrate.load(machine) is None
+    calibrate.save(example(machine))
+    assert calibrate.load(machine) == example(machine)
+    assert [p.name for p in calibrate.path().parent.iterdir()] == ["calibration.json"]
+
+
+@pytest.mark.parametrize("change", [{"cpu_model": "another"}, {"ram_total": 1}, {"devices": ()}])
+def test_another_machine_does_not_use_it(machine: Hardware, cache: Path, change: dict[str, object]) -> None:
+    calibrate.save(example(machine))
+    assert calibrate.load(dataclasses.replace(machine, **change)) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"fingerprint": 1}', '{"products": [{"x": 1}]}'])
+def test_a_damaged_file_is_measured_anew(machine: Hardware, cache: Path, text: str) -> None:
+    calibrate.path().parent.mkdir(parents=True, exist_ok=True)
+    calibrate.path().write_text(text)
+    assert calibrate.load(machine) is None
+
+
+def test_products_are_bounded_by_physics() -> None:
+    """No CPU reads 2 TB/s from memory, and a busy one still does more than a MB/s. A larger batch reads the same
+    weights more slowly, for it does more arithmetic per byte."""
+    one = calibrate.measure_product("CPU", "Q8_0", threads=1)
+    many = calibrate.measure_product("CPU", "Q8_0", threads=1, batch=128)
+    assert one is not None and many is not None
+    assert 1e6 < one.bytes_per_second < 2e12
+    assert many.bytes_per_second < one.bytes_per_second
+
+
+def test_a_kernel_that_does_not_exist() -> None:
+    assert calibrate.measure_product("CPU", "F16", threads=1, repack=True) is None
+
+
+def test_attention() -> None:
+    row = calibrate.measure_attention("CPU", "F16", threads=1, cells=1024)
+    assert row is not None
+    assert 1e6 < row.bytes_per_second < 2e12
+
+
+def test_drive(tmp_path: Path) -> None:
+    try:
+        rows = calibrate.measure_drive(tmp_path, file_bytes=16 << 20, seconds=0.02)
+    except OSError as exc:
+        pytest.skip(f"this file system cannot read past its cache: {exc}")
+    assert {(r.block, r.depth) for r in rows} == {(b, d) for b in calibrate.BLOCKS for d in calibrate.DEPTHS}
+    assert all(1e5 < r.bytes_per_second < 1e12 for r in rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fingerprint_names_the_library(machine: Hardware) -> None:
+    from importlib.metadata import version
+
+    assert version("llama-cpp-python") in json.loads(calibrate.fingerprint(machine))
