@@ -14,7 +14,8 @@ from typing import Any
 
 import typer.main
 
-from tensortier.cli import PROGRAM, app
+from tensortier.cli import PROGRAM
+from tensortier.cli.app import app
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 

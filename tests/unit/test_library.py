@@ -208,7 +208,7 @@ def test_folder_that_may_not_be_read(home: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_find(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for url in ("hf://a/b/c.gguf", "https://example.org/x.gguf", "http://example.org/x"):
+    for url in ("hf://a/b/c.gguf", "HF://a/b/c.gguf", "https://example.org/x.gguf", "http://example.org/x"):
         assert library.find(url) == url
     assert library.find(str(write_model(home / "elsewhere.bin"))) == str(home / "elsewhere.bin")
     one = write_model(home / ".lmstudio/models/one/same.gguf")
@@ -226,9 +226,21 @@ def test_find(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelNotFound, match=r"give a file in it: elsewhere\.gguf"):
         write_model(home / "dir/elsewhere.gguf")
         library.find("dir")
-    for nothing in ("", "/no/such/file.gguf", "no\0byte"):
+    for nothing in ("", " ", "/no/such/file.gguf", "no\0byte", "~nobody here/x", "x" * 5000):
         with pytest.raises(ModelNotFound):
             library.find(nothing)
+
+
+def test_what_is_there_but_no_file(home: Path) -> None:
+    fifo = home / "pipe.gguf"
+    os.mkfifo(fifo)
+    for path in (str(fifo), "/dev/zero"):
+        with pytest.raises(UsageError, match="pipe, socket or device") as refused:
+            library.find(path)
+        assert not isinstance(refused.value, ModelNotFound)
+    (home / "itself.gguf").symlink_to(home / "itself.gguf")
+    with pytest.raises(UsageError, match="cannot be looked at: Too many levels"):
+        library.find("itself.gguf")
 
 
 def test_embedded_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,32 @@ def llama() -> Any:
         raise LibraryError(f"llama-cpp-python does not load: {exc}; reinstall tensortier") from exc
     from tensortier._llama import log
 
+    # a failed assertion would otherwise start a debugger, which writes to standard output
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     log.install(bindings)
     bindings.llama_backend_init()
     return bindings
 
 
+@functools.cache
+def _libraries() -> tuple[Any, ...]:
+    """libllama; its handle reaches the libraries it depends on too, but not on Windows, where each is asked."""
+    main = llama()._lib
+    if sys.platform != "win32":
+        return (main,)
+    folder = Path(main._name).parent
+    return (main, *(ctypes.CDLL(str(folder / f"{name}.dll")) for name in ("ggml", "ggml-base", "ggml-cpu")))
+
+
 def ggml_function(name: str, restype: Any, *argtypes: Any) -> Any:
     """A function of ggml, from the very copy of the library that llama.cpp uses."""
-    try:
-        function = getattr(llama()._lib, name)
-    except AttributeError as exc:
-        raise LibraryError(f"the installed llama.cpp has no function {name}") from exc
+    function = None
+    for library in _libraries():
+        function = getattr(library, name, None)
+        if function is not None:
+            break
+    if function is None:
+        raise LibraryError(f"the installed llama.cpp has no function {name}")
     function.restype = restype
     function.argtypes = list(argtypes)
     return function

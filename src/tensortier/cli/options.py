@@ -13,6 +13,10 @@ import typer
 from tensortier.errors import UsageError
 from tensortier.types import Sampling, Settings
 
+INT_MAX = 2**31 - 1  # llama.cpp keeps counts in C's int; more would arrive there as another number
+MAX_CONTEXT = 2**24  # tokens; the longest that a model is trained for are 10 million
+MAX_THREADS = 512  # GGML_MAX_N_THREADS; with more, ggml ends the process
+
 
 class LoadMode(StrEnum):
     """How the weights come from the file into memory."""
@@ -81,7 +85,7 @@ def gpu_layers(text: str | None) -> int | None:
         return None
     if text == "all":
         return -1
-    if text.isascii() and text.isdigit():
+    if text.isascii() and text.isdigit() and len(text) < 10:  # less than INT_MAX
         return int(text)
     raise UsageError(f"-ngl {text!r} is not a number of layers: give 0 or more, 'all' or 'auto'")
 
@@ -94,7 +98,7 @@ def tensor_split(text: str | None) -> tuple[float, ...] | None:
         shares = tuple(float(part) for part in text.replace("/", ",").split(","))
     except ValueError:
         shares = ()
-    if not shares or not all(math.isfinite(s) and s >= 0 for s in shares) or sum(shares) == 0:
+    if not shares or not all(math.isfinite(s) and s >= 0 for s in shares) or not 0 < sum(shares) < math.inf:
         raise UsageError(f"-ts {text!r} is not a list of shares, such as 3,1")
     return shares
 

@@ -9,6 +9,9 @@ import typer
 
 from tensortier.cli.common import is_verbose, set_verbose
 from tensortier.cli.options import (
+    INT_MAX,
+    MAX_CONTEXT,
+    MAX_THREADS,
     CacheType,
     FlashAttention,
     LoadMode,
@@ -21,7 +24,7 @@ from tensortier.cli.options import (
 )
 from tensortier.cli.options import sampling as checked_sampling
 from tensortier.cli.options import settings as checked_settings
-from tensortier.cli.session import Manual, Request, read_grammar, read_prompt, run_session
+from tensortier.cli.session import Manual, Request, argument_text, read_grammar, read_prompt, run_session
 from tensortier.errors import UsageError
 from tensortier.types import Sampling, Settings
 
@@ -113,6 +116,7 @@ def run(
             "-n",
             metavar="N",
             min=-1,
+            max=INT_MAX,
             help="Length of an answer in tokens; -1: until the model stops or the context is full.",
             rich_help_panel=_CHOICE,
         ),
@@ -134,6 +138,7 @@ def run(
             "--top-k",
             metavar="N",
             min=0,
+            max=INT_MAX,
             help="Choose among the N likeliest tokens; 0: all.",
             rich_help_panel=_CHOICE,
         ),
@@ -228,6 +233,7 @@ def run(
             "-c",
             metavar="N",
             min=0,
+            max=MAX_CONTEXT,
             help="Tokens that the model can see, answer included; 0: what it was trained for.",
             rich_help_panel=_CONTEXT,
         ),
@@ -239,6 +245,7 @@ def run(
             "-b",
             metavar="N",
             min=1,
+            max=MAX_CONTEXT,
             help=f"Prompt tokens handed over at once. Without it: {_SETTINGS.n_batch}.",
             rich_help_panel=_CONTEXT,
         ),
@@ -250,6 +257,7 @@ def run(
             "-ub",
             metavar="N",
             min=1,
+            max=MAX_CONTEXT,
             help=f"Prompt tokens computed at once. Without it: {_SETTINGS.n_ubatch}, at most --batch.",
             rich_help_panel=_CONTEXT,
         ),
@@ -291,6 +299,7 @@ def run(
             "-t",
             metavar="N",
             min=0,
+            max=MAX_THREADS,
             help="Threads; 0: one per performance core.",
             rich_help_panel=_CONTEXT,
         ),
@@ -302,6 +311,7 @@ def run(
             "-tb",
             metavar="N",
             min=0,
+            max=MAX_THREADS,
             help="Threads while the prompt is computed; 0: as --threads.",
             rich_help_panel=_CONTEXT,
         ),
@@ -369,6 +379,7 @@ def run(
             "-ncmoe",
             metavar="N",
             min=0,
+            max=INT_MAX,
             help="Keep the expert weights of the first N layers on the CPU.",
             rich_help_panel=_PLACE,
         ),
@@ -380,6 +391,7 @@ def run(
             "-ncffn",
             metavar="N",
             min=0,
+            max=INT_MAX,
             help="Keep the dense feed-forward weights of the first N layers on the CPU.",
             rich_help_panel=_PLACE,
         ),
@@ -428,7 +440,7 @@ def run(
             presence_penalty=presence_penalty,
             seed=seed,
             max_tokens=max_tokens,
-            stop=tuple(stop or ()),
+            stop=tuple(argument_text(text, "--stop") for text in stop or ()),
             grammar=None if grammar is None else read_grammar(grammar),
         )
     )
@@ -458,7 +470,7 @@ def run(
         kv_on_device=not no_kv_offload,
     )
     servers = split_servers(rpc)
-    question = read_prompt(prompt, file)
+    question = read_prompt(None if prompt is None else argument_text(prompt, "--prompt"), file)
     if question is None and (json or raw):
         raise UsageError(f"{'--json' if json else '--raw'} needs a prompt: give -p, -f or pipe one in")
     if raw and system:
@@ -467,7 +479,7 @@ def run(
         Request(
             model=model,
             prompt=question,
-            system=system,
+            system=None if system is None else argument_text(system, "--system"),
             raw=raw,
             json=json,
             verbose=verbose,

@@ -49,7 +49,7 @@ def read_header(source: str | Path) -> Header:
 
 def is_remote(source: str) -> bool:
     """True for what ``read`` fetches over the network."""
-    return source.startswith(_REMOTE)
+    return source[:8].lower().startswith(_REMOTE)
 
 
 def _read_bytes(data: bytes, name: str = "<memory>") -> ModelInfo:

@@ -19,7 +19,7 @@ MAX_HEADER = 1 << 27  # the largest vocabularies take some 30 MB
 TIMEOUT = 30.0  # seconds without a byte
 DEADLINE = 300.0  # seconds for one file's header
 _CHUNK = 1 << 16
-_HF = re.compile(r"hf://([\w.-]+)/([\w.-]+)(?:@([^/]+))?/(.+)", re.ASCII)
+_HF = re.compile(r"(?i:hf)://([\w.-]+)/([\w.-]+)(?:@([^/]+))?/(.+)", re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18})")
 
 
@@ -52,7 +52,7 @@ def read_header(source: str) -> Header:
 
 def _resolve(source: str) -> tuple[str, str | None]:
     """URL and token for a source."""
-    if not source.startswith("hf://"):
+    if not source.lower().startswith("hf://"):
         return source, None
     match = _HF.fullmatch(source)
     if not match:
