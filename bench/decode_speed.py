@@ -21,7 +21,7 @@ from tensortier.engine import Engine
 from tensortier.placement import threads_for
 from tensortier.types import Plan, Sampling, Settings
 
-PROMPT = "Write a long story about a lighthouse and the people who keep it."
+PROMPT = "Once upon a time there was a lighthouse on a cliff, and the people who kept it"
 
 
 def main() -> None:

@@ -14,7 +14,7 @@
 
 // Finds the functions of ggml and llama.cpp in the library at `libllama_path`, which the process must have
 // loaded already, and checks that its structures are the ones this plug-in was written for. Returns 0, or 1
-// with one line of explanation in `error` (always terminated). Later calls are answered from the first.
+// with one line of explanation in `error` (always terminated). After a success, later calls change nothing.
 TT_API int tt_bind(const char * libllama_path, char * error, size_t error_size);
 
 // The version of ggml this plug-in was written for, such as "0.25.3".

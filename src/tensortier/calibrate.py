@@ -37,8 +37,24 @@ MIB = 1 << 20
 
 # What people's files hold. ggml numbers come from the table of the reader.
 TYPES = (
-    "F16 BF16 Q8_0 Q6_K Q5_K Q4_K Q3_K Q2_K Q5_0 Q5_1 Q4_0 Q4_1 IQ4_XS IQ4_NL IQ3_XXS IQ2_XXS MXFP4"
-).split()
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "Q3_K",
+    "Q2_K",
+    "Q5_0",
+    "Q5_1",
+    "Q4_0",
+    "Q4_1",
+    "IQ4_XS",
+    "IQ4_NL",
+    "IQ3_XXS",
+    "IQ2_XXS",
+    "MXFP4",
+)
 KV_TYPES = ("F16", "Q8_0", "Q4_0")
 BLOCKS = (256 * 1024, 1 * MIB, 4 * MIB)  # bytes
 DEPTHS = (1, 4, 16)

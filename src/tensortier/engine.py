@@ -17,6 +17,7 @@ from tensortier.errors import (
     LoadError,
     ModelNotFound,
     OutOfMemory,
+    PlanError,
     TensortierError,
     UsageError,
 )
@@ -66,6 +67,8 @@ class Engine:
         from tensortier._llama import devices, log, memory
         from tensortier._llama.params import Parameters
 
+        if plan.settings.n_seq_max != 1:
+            raise PlanError("this engine computes one sequence at a time: settings.n_seq_max must be 1")
         self.plan = plan
         self.stats = GenerationStats()
         self._closed = False

@@ -27,14 +27,9 @@ def manual_plan(
     Raises:
         LoadError, ModelFileError: llama.cpp would refuse to load it so.
     """
-    plan = Plan(model=model.path, placement=place, settings=settings, rpc=tuple(rpc))
-    rows = memory.predict(plan)
-    return dataclasses.replace(
-        plan,
-        memory=rows,
-        reasons=("placed by hand",),
-        warnings=(*warnings, *_beyond_training(model, settings), *_shortages(hardware, rows)),
-    )
+    plan = Plan(model.path, place, _with_threads(settings, hardware), rpc=tuple(rpc))
+    plan = _finish(plan, hardware, memory.predict(plan), ["placed by hand"], model)
+    return dataclasses.replace(plan, warnings=(*warnings, *plan.warnings))
 
 
 def simple_plan(model: ModelInfo, hardware: Hardware, settings: Settings, *, rpc: Sequence[str] = ()) -> Plan:
@@ -46,13 +41,13 @@ def simple_plan(model: ModelInfo, hardware: Hardware, settings: Settings, *, rpc
     Raises:
         LoadError, ModelFileError: llama.cpp would not load this model at all.
     """
-    plan = Plan(model=model.path, settings=settings, rpc=tuple(rpc))
+    plan = Plan(model=model.path, settings=_with_threads(settings, hardware), rpc=tuple(rpc))
     gpus = placement.gpus(hardware)
     room = {d.name: _room(d.memory_free, d.memory_total) for d in gpus}
     with memory.Probe() as probe:
         if not gpus:
             return _finish(
-                plan, hardware, probe.ask(plan), ["no GPU here: all weights and the KV cache in RAM"]
+                plan, hardware, probe.ask(plan), ["no GPU here: all weights and the KV cache in RAM"], model
             )
         names = tuple(room)
         # Shares are written down, so that the layers are where they were planned whatever is free at the load.
@@ -60,7 +55,7 @@ def simple_plan(model: ModelInfo, hardware: Hardware, settings: Settings, *, rpc
         plan = dataclasses.replace(plan, placement=Placement(names, n_gpu_layers=-1, tensor_split=shares))
         rows = probe.ask(plan)
         if not _excess(rows, room):
-            return _finish(plan, hardware, rows, ["everything fits on " + " and ".join(names)])
+            return _finish(plan, hardware, rows, ["everything fits on " + " and ".join(names)], model)
         spilled = _spill(probe, plan, model, room)
         if spilled is not None:
             plan, rows, moved = spilled
@@ -68,7 +63,7 @@ def simple_plan(model: ModelInfo, hardware: Hardware, settings: Settings, *, rpc
                 f"attention and KV cache on {' and '.join(names)}; {_gib(moved)} of feed-forward weights do not fit "
                 "beside them and are computed by the CPU"
             )
-            return _finish(plan, hardware, rows, [reason])
+            return _finish(plan, hardware, rows, [reason], model)
         plan, rows = _whole_layers(probe, plan, model, room)
         layers = plan.placement.n_gpu_layers
         if layers:
@@ -78,7 +73,7 @@ def simple_plan(model: ModelInfo, hardware: Hardware, settings: Settings, *, rpc
             )
         else:
             reason = f"nothing useful fits on {' and '.join(names)}: all in RAM"
-        return _finish(plan, hardware, rows, [reason])
+        return _finish(plan, hardware, rows, [reason], model)
 
 
 def _room(free: int, total: int) -> int:
@@ -164,9 +159,38 @@ def _beyond_training(model: ModelInfo, settings: Settings) -> list[str]:
     ]
 
 
-def _finish(plan: Plan, hardware: Hardware, rows: tuple[DeviceMemory, ...], reasons: Sequence[str]) -> Plan:
+def _with_threads(settings: Settings, hardware: Hardware) -> Settings:
+    """A number of threads where none was asked for: the performance cores this process may use. Slower cores
+    would hold the others up, and a second thread on a core adds nothing to work that waits for memory."""
+    if settings.threads:
+        return settings
     return dataclasses.replace(
-        plan, memory=rows, reasons=tuple(reasons), warnings=tuple(_shortages(hardware, rows))
+        settings, threads=max(1, min(hardware.performance_cores, hardware.usable_cpus))
+    )
+
+
+def _with_load_mode(settings: Settings, place: Placement, ram: int, ram_available: int) -> Settings:
+    """What "auto" means. Map the file where all of it stays in RAM: that starts at once and other processes
+    share the pages. Read it where some goes to another device, because host buffers can then be pinned and no page
+    of the file stays behind for what was copied away; but not more of it than there is room for."""
+    if settings.load_mode != "auto":
+        return settings
+    reads = place.devices and place.n_gpu_layers != 0 and ram <= ram_available
+    return dataclasses.replace(settings, load_mode="none" if reads else "mmap")
+
+
+def _finish(
+    plan: Plan,
+    hardware: Hardware,
+    rows: tuple[DeviceMemory, ...],
+    reasons: Sequence[str],
+    model: ModelInfo,
+) -> Plan:
+    ram = sum(row.total_bytes for row in rows if row.device == "CPU")
+    settings = _with_load_mode(plan.settings, plan.placement, ram, hardware.ram_available)
+    warnings = (*_beyond_training(model, plan.settings), *_shortages(hardware, rows))
+    return dataclasses.replace(
+        plan, settings=settings, memory=rows, reasons=tuple(reasons), warnings=warnings
     )
 
 

@@ -187,6 +187,9 @@ def test_a_prompt_longer_than_the_context(engine: Engine) -> None:
     [
         ({"settings": Settings(type_k="q9_9")}, PlanError, "q9_9"),
         ({"settings": Settings(load_mode="teleport")}, PlanError, "teleport"),
+        ({"settings": Settings(n_ubatch=0)}, PlanError, "n_ubatch"),
+        ({"settings": Settings(n_ctx=1 << 40)}, PlanError, "n_ctx"),
+        ({"settings": Settings(n_seq_max=2)}, PlanError, "n_seq_max"),
         ({"settings": Settings(type_v="q8_0", flash_attention="off")}, LoadError, "flash"),
         ({"placement": Placement(devices=("CUDA7",), n_gpu_layers=-1)}, BackendError, "CUDA7"),
         ({"placement": Placement(overrides=(Override("x", "Moon"),))}, PatternError, "Moon"),

@@ -58,7 +58,9 @@ def load_modules(rpc: Sequence[str] = ()) -> list[str]:
     for module in backends.installed():
         if module.name in _loaded or module.name == "rpc":
             continue
-        if _load(str(module.path)):
+        if module.state != "ready":
+            warnings.append(f"the {module.name} backend is not used: {module.state}")
+        elif _load(str(module.path)):
             _loaded.add(module.name)
         else:
             warnings.append(

@@ -12,7 +12,7 @@ from tensortier._llama import devices
 from tensortier._llama.libs import llama, native
 from tensortier.errors import PatternError, PlanError
 from tensortier.placement import threads_for
-from tensortier.types import Plan
+from tensortier.types import Plan, Settings
 
 # ggml's numbers of the types a KV cache may have; they are part of the GGUF format.
 KV_TYPES = {
@@ -38,13 +38,29 @@ class _BufferTypeOverride(ctypes.Structure):
 
 
 def load_mode(plan: Plan) -> str:
-    """What "auto" means: map the file where all of it stays in RAM, because that starts at once and other
-    processes share the pages; read it where some goes to another device, because host buffers can then be
-    pinned and no page of the file stays behind for what was copied away."""
+    """The plan's; for "auto", which a planner leaves in no plan, reading where something is offloaded."""
     mode = plan.settings.load_mode
     if mode != "auto":
         return mode
     return "none" if plan.placement.devices and plan.placement.n_gpu_layers != 0 else "mmap"
+
+
+# A hand-written plan may hold anything: (field, least, most). The most are llama.cpp's own where it has one.
+_RANGES = (
+    ("n_ctx", 0, 1 << 30),
+    ("n_batch", 1, 1 << 30),
+    ("n_ubatch", 1, 1 << 30),
+    ("n_seq_max", 1, 256),
+    ("threads", 0, 512),
+    ("threads_batch", 0, 512),
+)
+
+
+def _check_ranges(settings: Settings) -> None:
+    for field, least, most in _RANGES:
+        value = getattr(settings, field)
+        if not least <= value <= most:
+            raise PlanError(f"settings.{field} must be from {least} to {most}, not {value}")
 
 
 def _choice(table: dict[str, int], value: str, what: str) -> int:
@@ -64,6 +80,7 @@ class Parameters:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        _check_ranges(plan.settings)
         placement = plan.placement
         if len(placement.overrides) >= MAX_OVERRIDES:
             raise PatternError(
