@@ -210,7 +210,7 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
         Engine(Plan(model=str(tmp_path / "absent.gguf")))
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(LoadError, match="bad.gguf") as caught:
+    with pytest.raises(LoadError, match=r"bad\.gguf") as caught:
         Engine(Plan(model=str(bad)))
     assert "\n" not in str(caught.value)
 
