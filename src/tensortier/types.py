@@ -139,6 +139,7 @@ class Drive:
     kind: str  # "nvme", "ssd", "hdd", "network", "memory", "unknown"
     total: int
     free: int
+    details: Mapping[str, Any] = field(default_factory=dict)  # published speeds, for a catalogue's drive
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ PLANNING = [
     "gguf",
     "inspect",
     "hardware",
+    "catalogue",
     "library",
     "placement",
     "memory",
