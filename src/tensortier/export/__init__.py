@@ -18,10 +18,10 @@ _TARGETS: dict[str, tuple[str, Callable[[Plan, ModelInfo], Export]]] = {
     "llama-cli": ("llama.cpp in the terminal", llama_cpp.cli),
     "llama-bench": ("llama.cpp's benchmark", llama_cpp.bench),
     "ik_llama.cpp": ("the server of the fork ik_llama.cpp", ik_llama.export),
-    "koboldcpp": ("koboldcpp: a command and a .kcpps file", koboldcpp.export),
+    "koboldcpp": ("a command and a .kcpps file", koboldcpp.export),
     "llama-cpp-python": ("a Python program", llama_cpp_python.export),
-    "ollama": ("Ollama: a Modelfile, whole layers only", ollama.export),
-    "lm-studio": ("LM Studio: load settings, whole layers or experts only", lm_studio.export),
+    "ollama": ("a Modelfile; whole layers only", ollama.export),
+    "lm-studio": ("load settings; whole layers or experts only", lm_studio.export),
 }
 TARGETS: Mapping[str, str] = MappingProxyType({name: text for name, (text, _) in _TARGETS.items()})
 

@@ -20,7 +20,7 @@ _REMOTE = re.compile(r"RPC([0-9]+)")
 
 
 def model_file(model: ModelInfo) -> tuple[str, list[str]]:
-    """The file to load, and what to say of it. A remote model is named as it would lie in the current folder."""
+    """The file to load, and what to say of it. A remote model is named as if it lay in the current folder."""
     if "://" not in model.path:
         return model.path, []
     name = urlparse(model.path).path.rpartition("/")[2]
@@ -61,8 +61,8 @@ def buffer_type(plan: Plan, device: str) -> str:
     """What llama.cpp's ``-ot`` calls a device of the plan.
 
     All backends name the buffer type after the device but RPC, whose name is the device's index on its server
-    with the server's address (ggml_backend_rpc_buffer_type). Servers are taken to have one device each, unless
-    there is only one server.
+    with the server's address (ggml_backend_rpc_buffer_type). Servers are taken to have one device each,
+    unless there is only one server.
 
     Raises:
         PlanError: the plan names a remote device of no server in it.
@@ -74,7 +74,7 @@ def buffer_type(plan: Plan, device: str) -> str:
 
 
 def remote_endpoint(plan: Plan, device: str) -> str | None:
-    """``host:port`` of a remote device of the plan, by its name or that of its buffer type; None for others."""
+    """``host:port`` of a remote device of the plan, named as device or as buffer type; None for others."""
     if _REMOTE.fullmatch(device):
         return _remote(plan, device)[1]
     named = re.fullmatch(r"RPC[0-9]*\[(.+)\]", device)
@@ -124,8 +124,8 @@ def joined(overrides: Sequence[Override], separator: str) -> str:
 
 
 def whole_layers(plan: Plan, model: ModelInfo) -> int:
-    """For engines that know only a number of layers: the most whole layers, output included and from the back,
-    that take no more bytes of weights on GPUs than the plan does."""
+    """For engines that know only a number of layers: the most whole layers, from the back and the output
+    included, that take no more bytes of weights on GPUs than the plan does."""
     place = plan.placement
     where = placement.resolve(model, place, {})
     room = sum(t.nbytes for t in model.tensors if where[t.name] != "CPU")
@@ -149,6 +149,20 @@ def offloaded_layers(plan: Plan, model: ModelInfo) -> int:
         return 0
     total = model.n_layers + 1
     return total if place.n_gpu_layers < 0 else min(place.n_gpu_layers, total)
+
+
+def unusual(plan: Plan, model: ModelInfo) -> list[str]:
+    """Settings away from llama.cpp's defaults that most engines built on it have no option for, in words."""
+    settings = plan.settings
+    return [
+        words
+        for words, differs in (
+            ("leaving weights in the file's order (no repack)", not settings.repack),
+            ("computing large batches on the CPU (no op offload)", not settings.op_offload),
+            ("the full cache for sliding-window layers", settings.swa_full and any(model.swa_layers)),
+        )
+        if differs
+    ]
 
 
 def moved(plan: Plan, model: ModelInfo) -> str:

@@ -22,11 +22,8 @@ def export(plan: Plan, model: ModelInfo) -> Export:
             "when it refuses these."
         )
     argv += ["-dev", ",".join(map(device_name, place.devices)) or "none"]
-    if not place.devices:
-        layers = 0
-    else:
-        layers = common.ALL_LAYERS if place.n_gpu_layers < 0 else place.n_gpu_layers
-    argv += ["-ngl", str(layers)]
+    layers = common.ALL_LAYERS if place.n_gpu_layers < 0 else place.n_gpu_layers
+    argv += ["-ngl", str(layers if place.devices else 0)]
     if len(place.devices) > 1:
         argv += ["-sm", "layer"]
     if place.tensor_split:
@@ -52,8 +49,8 @@ def export(plan: Plan, model: ModelInfo) -> Export:
         argv.append("-nkvo")
     if settings.repack:
         lost.append(
-            "Reordering weights for the CPU is asked for with -rtr here, which does more than the plan assumes; "
-            "it is left off."
+            "Reordering weights for the CPU is asked for with -rtr here, which does more than the plan "
+            "assumes; it is left off."
         )
     if not settings.op_offload:
         lost.append("Keeping large batches from being computed on the GPU is not exported.")

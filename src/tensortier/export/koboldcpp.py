@@ -62,7 +62,7 @@ def _devices(plan: Plan) -> tuple[dict[str, Any], dict[str, str], list[float], l
         backend: dict[str, Any] = {"usevulkan": ids}
         indices = {d: ids.index(i) for d, i in indices.items()}
     elif len(indices) == 1 and (only := next(iter(indices.values()))) <= 3:
-        backend, names = {"usecuda": [str(only)]}, {d: f"{families[0]}0" for d in indices}
+        backend, names = {"usecuda": [str(only)]}, dict.fromkeys(indices, f"{families[0]}0")
         return backend, names, [], lost
     else:
         backend, names = {"usecuda": ["normal"]}, {d: d for d in indices}
@@ -97,8 +97,8 @@ def _settings(plan: Plan, model: ModelInfo, config: dict[str, Any]) -> list[str]
     config["batchsize"] = batch
     if (batch, batch) != (settings.n_batch, settings.n_ubatch):
         lost.append(
-            f"koboldcpp has one batch size, a power of two: {batch} in place of a batch of {settings.n_batch} "
-            f"computed {settings.n_ubatch} at a time."
+            f"koboldcpp has one batch size, a power of two: {batch} in place of a batch of "
+            f"{settings.n_batch} computed {settings.n_ubatch} at a time."
         )
     if settings.threads:
         config["threads"] = settings.threads
@@ -141,7 +141,7 @@ def _settings(plan: Plan, model: ModelInfo, config: dict[str, Any]) -> list[str]
 
 
 def _arguments(config: dict[str, Any]) -> list[str]:
-    """The options that mean ``config``. "noflashattention" is for the file: versions that lack it would refuse."""
+    """The options that mean ``config``, less "noflashattention", which older versions would refuse."""
     spelled = {"model_param": "--model", "batchsize": "--blasbatchsize"}
     argv: list[str] = []
     for key, value in config.items():

@@ -49,6 +49,9 @@ def _program(name: str, plan: Plan, model: ModelInfo) -> Export:
         argv.append("--no-op-offload")
     if settings.swa_full:
         argv.append("--swa-full")
+    lost.append(
+        f"{name} keeps up to 8 GiB of earlier prompts in RAM beside what the plan counts; --cache-ram 0 ends that."
+    )
     return Export(name, tuple(argv), {}, tuple(lost))
 
 
@@ -75,7 +78,7 @@ def bench(plan: Plan, model: ModelInfo) -> Export:
         argv += ["-t", str(settings.threads)]
     if common.threads_batch(plan) != settings.threads:
         lost.append(
-            f"llama-bench has one number of threads: the {common.threads_batch(plan)} for prompts are left out."
+            f"llama-bench has one number of threads: {common.threads_batch(plan)} for prompts are left out."
         )
     argv += ["-lm", _load_mode(plan)]
     argv += ["-nkvo", "0" if place.kv_on_device else "1"]

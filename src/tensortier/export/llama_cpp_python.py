@@ -1,7 +1,7 @@
 """llama-cpp-python: a program that loads the model as the plan says and answers one question.
 
-The class ``Llama`` has no arguments for devices, tensor overrides, "auto" flash attention, sequences, load modes
-and repacking. The program fills in those fields of llama.cpp's own parameters just before the class uses them.
+The class ``Llama`` has no arguments for devices, tensor overrides, "auto" flash attention, sequences, load
+modes and repacking. The program fills in those fields of llama.cpp's parameters just before they are used.
 """
 
 from __future__ import annotations

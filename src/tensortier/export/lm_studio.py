@@ -1,4 +1,4 @@
-"""LM Studio: the load settings as its SDK takes them (LLMLoadModelConfig of lmstudio-js), named as in its dialog."""
+"""LM Studio: the load settings as its SDK takes them (LLMLoadModelConfig of lmstudio-js)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ def export(plan: Plan, model: ModelInfo) -> Export:
         lost.append("LM Studio cannot bypass the page cache.")
     if settings.n_seq_max > 1:
         lost.append(f"{settings.n_seq_max} parallel sequences are not exported.")
-    if not settings.repack or not settings.op_offload or settings.swa_full:
-        lost.append("Repacking, op offload and the full sliding-window cache are not exported.")
+    lost += (f"Not exported: {words}." for words in common.unusual(plan, model))
     return Export("lm-studio", (), {"lm-studio.json": json.dumps(config, indent=1) + "\n"}, tuple(lost))
 
 
@@ -63,14 +62,14 @@ def _gpu(plan: Plan, model: ModelInfo) -> tuple[dict[str, Any], list[str]]:
         return _experts(plan, model, {t.name for t in tensors})
     layers = common.whole_layers(plan, model)
     told = (
-        f"LM Studio places whole layers only. The plan moves {common.moved(plan, model)}; {layers} layers take no "
-        "more of the GPU, but leave attention of the others in RAM."
+        f"LM Studio places whole layers only. The plan moves {common.moved(plan, model)}; {layers} layers "
+        "take no more of the GPU, but leave attention of the others in RAM."
     )
     return _ratio(layers, model), [told]
 
 
 def _experts(plan: Plan, model: ModelInfo, on_cpu: set[str]) -> tuple[dict[str, Any], list[str]]:
-    """Experts of the first layers on the CPU: the fewest layers with at least as many bytes as the plan moves."""
+    """Experts of the first layers on the CPU: the fewest layers with at least the bytes that the plan moves."""
     offloaded = _ratio(common.offloaded_layers(plan, model), model)
     experts = [t for t in model.tensors if t.role.is_routed_expert]
     room = sum(t.nbytes for t in experts if t.name in on_cpu)

@@ -1,4 +1,4 @@
-"""Ollama: a Modelfile, and the server's settings as environment variables (its Modelfile reference and FAQ)."""
+"""Ollama: a Modelfile, and the server's settings as environment variables (its FAQ)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def export(plan: Plan, model: ModelInfo) -> Export:
     layers = common.whole_layers(plan, model)
     if moved := common.moved(plan, model):
         lost.append(
-            f"Ollama places whole layers only. The plan moves {moved}; {layers} layers take no more of the GPU, "
-            "but leave attention and KV cache of the others in RAM."
+            f"Ollama places whole layers only. The plan moves {moved}; {layers} layers take no more of the "
+            "GPU, but leave attention and KV cache of the others in RAM."
         )
     if len(place.devices) > 1:
         lost.append("Ollama shares layers out over several GPUs by itself.")
@@ -47,8 +47,7 @@ def export(plan: Plan, model: ModelInfo) -> Export:
         lost.append("Ollama cannot bypass the page cache.")
     if not place.kv_on_device and layers:
         lost.append("Ollama keeps the KV cache of offloaded layers on the GPU.")
-    if not settings.repack or not settings.op_offload or settings.swa_full:
-        lost.append("Ollama has no options for repacking, op offload and the full sliding-window cache.")
+    lost += (f"Ollama has no option for {words}." for words in common.unusual(plan, model))
     environment, told = _environment(plan)
     name = re.sub(r"[^a-z0-9._-]+", "-", (model.name or "model").lower()).strip("-._") or "model"
     files = {"Modelfile": "\n".join(lines) + "\n", "ollama.env": "".join(f"{line}\n" for line in environment)}
@@ -65,7 +64,7 @@ def _environment(plan: Plan) -> tuple[list[str], list[str]]:
     lines.append(f"OLLAMA_KV_CACHE_TYPE={kind}")
     if (kind, kind) != (settings.type_k, settings.type_v):
         lost.append(
-            f"Ollama has one type for K and V, of {', '.join(_KV_TYPES)}: {kind} in place of {settings.type_k} "
-            f"and {settings.type_v}."
+            f"Ollama has one type for K and V, of {', '.join(_KV_TYPES)}: {kind} in place of "
+            f"{settings.type_k} and {settings.type_v}."
         )
     return lines, lost

@@ -1,14 +1,13 @@
 """Few, short, anchored override patterns for any assignment of tensors to devices.
 
-What is written here is in the part of the ECMAScript grammar that ``std::regex`` and Python's ``re`` read alike,
-and holds neither ``,`` nor ``;`` nor ``=``, which the engines' command lines split their options at.
+What is written here is in the part of the ECMAScript grammar that ``std::regex`` and Python's ``re`` read
+alike, and holds neither ``,`` nor ``;`` nor ``=``, which the engines' command lines split their options at.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tensortier.types import Override
@@ -37,8 +36,8 @@ def compact(
 ) -> tuple[Override, ...]:
     """Overrides that send each name to its device and touch no other name.
 
-    ``all_names``: every tensor of the model. With it a pattern may use ``\\d+`` or leave the end open where that
-    finds nothing else in the model. Without it each pattern matches exactly the names asked for.
+    ``all_names``: every tensor of the model. With it a pattern may use ``\\d+`` or leave the end open where
+    that finds nothing else in the model. Without it each pattern matches exactly the names asked for.
 
     The order of the answer does not matter: no name of the model is found by two patterns.
 
@@ -182,11 +181,31 @@ def _either(texts: Collection[str]) -> str:
         return f"{inner}?" if _is_atom(inner) else f"({inner})?"
     if len(rest) == 1:
         return escape(rest[0])
-    head = os.path.commonprefix(rest)
+    if product := _product(rest):
+        return product
+    head = _common_start(rest)
     rest = [t[len(head) :] for t in rest]
-    end = os.path.commonprefix([t[::-1] for t in rest])[::-1]
+    end = _common_start([t[::-1] for t in rest])[::-1]
     middles = {t[: len(t) - len(end)] for t in rest}
     return escape(head) + _choice(middles) + escape(end)
+
+
+def _product(texts: Sequence[str]) -> str:
+    """The pattern where the texts are all combinations of what stands before and after their last dot, as in
+    "up.weight", "up.bias", "gate.weight", "gate.bias"; else nothing."""
+    ends: dict[str, set[str]] = {}
+    for text in texts:
+        start, _, end = text.rpartition(".")
+        ends.setdefault(start, set()).add(end)
+    (first, *others) = ends.values()
+    if "" in ends or not others or len(first) < 2 or any(end != first for end in others):
+        return ""
+    return rf"{_either(ends)}\.{_either(first)}"
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    return next((first[:i] for i, char in enumerate(first) if last[i : i + 1] != char), first)
 
 
 def _choice(middles: set[str]) -> str:
@@ -217,7 +236,7 @@ def _is_atom(pattern: str) -> bool:
 
 
 def escape(text: str) -> str:
-    """``text`` as a pattern that finds just it, without a character that an engine's option would be split at."""
+    """``text`` as a pattern that finds just it, without a character that an option would be split at."""
     out = []
     for char in text:
         if char.isascii() and (char.isalnum() or char in "_-/:@ "):

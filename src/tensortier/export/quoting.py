@@ -14,8 +14,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./:\\+-]+")
 def quote(argv: Sequence[str], shell: str = "posix") -> str:
     """``argv`` on one line for ``shell``: "posix", "powershell" or "cmd".
 
-    PowerShell: single quotes, in which nothing is special. cmd: double quotes, in which ``^``, ``|`` and ``&`` are
-    literal; only ``%NAME%`` of an existing variable would still be replaced.
+    PowerShell: single quotes, in which nothing is special. cmd: double quotes, in which ``^``, ``|`` and ``&``
+    are literal; only ``%NAME%`` of an existing variable would still be replaced.
 
     Raises:
         UsageError: an unknown shell, or a word that the shell cannot pass on (a double quote on Windows).
