@@ -547,11 +547,20 @@ if sys.argv[2]:  # as a wheel built with RPC would have it
     load = low._lib.ggml_backend_load
     load.restype, load.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
     assert load(sys.argv[2].encode())
+given, load, init = {}, low.llama_model_load_from_file, low.llama_init_from_model
+def see_model(path, params):
+    given.update(load_mode=params.load_mode, repack=params.use_extra_bufts)
+    return load(path, params)
+def see_context(model, params):
+    given.update(flash=params.flash_attn_type, sequences=params.n_seq_max, threads=params.n_threads_batch)
+    given.update(op_offload=params.op_offload, swa_full=params.swa_full)
+    return init(model, params)
+low.llama_model_load_from_file, low.llama_init_from_model = see_model, see_context
 llm = runpy.run_path(sys.argv[1])["llm"]
 answer = llm("The capital of France is", max_tokens=6, temperature=0.0)
 from tensortier._llama import memory
 rows = [[r.device, r.weights_bytes, r.kv_bytes, r.compute_bytes] for r in memory.allocated(llm._ctx.ctx)]
-json.dump({"text": answer["choices"][0]["text"], "memory": rows, "n_ctx": llm.n_ctx()}, answers)
+json.dump({"text": answer["choices"][0]["text"], "memory": rows, "n_ctx": llm.n_ctx(), "given": given}, answers)
 answers.flush()
 os._exit(0)
 """
@@ -580,7 +589,14 @@ def test_python_program_loads_as_planned(
         model.path,
         place,
         Settings(
-            n_ctx=512, n_ubatch=128, type_k="q8_0", type_v="q8_0", load_mode="none", threads=2, repack=False
+            n_ctx=512,
+            n_ubatch=128,
+            type_k="q8_0",
+            type_v="q8_0",
+            load_mode="none",
+            threads=2,
+            repack=False,
+            op_offload=False,
         ),
         rpc=servers,
     )
@@ -602,6 +618,15 @@ def test_python_program_loads_as_planned(
         expected = [[r.device, r.weights_bytes, r.kv_bytes, r.compute_bytes] for r in probe.ask(plan)]
     assert answer["memory"] == expected
     assert answer["n_ctx"] == 512
+    assert answer["given"] == {
+        "load_mode": 0,  # LLAMA_LOAD_MODE_NONE
+        "repack": False,
+        "flash": -1,  # LLAMA_FLASH_ATTN_TYPE_AUTO
+        "sequences": 1,
+        "threads": 2,
+        "op_offload": False,
+        "swa_full": False,
+    }
     assert len(expected) == (3 if remote else 1)
 
 
