@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tensortier.cli import EXIT_INTERRUPTED, PROGRAM, backend, common, hardware, inspect, models, run
+from tensortier.cli import EXIT_INTERRUPTED, PROGRAM, backend, common, hardware, inspect, models, plan, run
 from tensortier.errors import TensortierError
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
 app.command("hardware")(hardware.hardware)
 app.add_typer(models.app, name="models")
 app.add_typer(backend.app, name="backend")

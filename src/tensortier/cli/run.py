@@ -7,16 +7,11 @@ from typing import Annotated
 
 import typer
 
+from tensortier.cli import placing
 from tensortier.cli.common import is_verbose, set_verbose
 from tensortier.cli.options import (
     INT_MAX,
-    MAX_CONTEXT,
-    MAX_THREADS,
-    CacheType,
-    FlashAttention,
-    LoadMode,
     RpcOption,
-    choices,
     device_list,
     gpu_layers,
     split_servers,
@@ -24,21 +19,44 @@ from tensortier.cli.options import (
 )
 from tensortier.cli.options import sampling as checked_sampling
 from tensortier.cli.options import settings as checked_settings
-from tensortier.cli.session import Manual, Request, argument_text, read_grammar, read_prompt, run_session
+from tensortier.cli.placing import (
+    BatchOption,
+    CacheTypeKOption,
+    CacheTypeVOption,
+    ContextOption,
+    CpuMoeOption,
+    DeviceOption,
+    FlashOption,
+    GpuLayersOption,
+    LoadModeOption,
+    Manual,
+    NCpuFfnOption,
+    NCpuMoeOption,
+    NoKvOffloadOption,
+    NoOpOffloadOption,
+    NoRepackOption,
+    OverrideOption,
+    SplitOption,
+    ThreadsBatchOption,
+    ThreadsOption,
+    UbatchOption,
+)
+from tensortier.cli.session import (
+    Request,
+    argument_text,
+    read_grammar,
+    read_plan,
+    read_prompt,
+    run_session,
+)
 from tensortier.errors import UsageError
 from tensortier.types import Sampling, Settings
 
 DEFAULT_MODEL = "smollm2"
 _SAMPLING = Sampling()
 _SETTINGS = Settings()
-_TYPE_K = CacheType(_SETTINGS.type_k)
-_TYPE_V = CacheType(_SETTINGS.type_v)
-_FLASH = FlashAttention(_SETTINGS.flash_attention)
-_LOAD_MODE = LoadMode(_SETTINGS.load_mode)
 _PROMPT = "Prompt and output"
 _CHOICE = "Sampling"
-_CONTEXT = "Context and computation"
-_PLACE = "Manual placement (any of these replaces the automatic plan)"
 
 
 def run(
@@ -226,200 +244,36 @@ def run(
         ),
     ] = None,
     # how the context is made and computed
-    context: Annotated[
-        int,
-        typer.Option(
-            "--context",
-            "-c",
-            metavar="N",
-            min=0,
-            max=MAX_CONTEXT,
-            help="Tokens that the model can see, answer included; 0: what it was trained for.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = _SETTINGS.n_ctx,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            "--batch",
-            "-b",
-            metavar="N",
-            min=1,
-            max=MAX_CONTEXT,
-            help=f"Prompt tokens handed over at once. Without it: {_SETTINGS.n_batch}.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = None,
-    ubatch: Annotated[
-        int | None,
-        typer.Option(
-            "--ubatch",
-            "-ub",
-            metavar="N",
-            min=1,
-            max=MAX_CONTEXT,
-            help=f"Prompt tokens computed at once. Without it: {_SETTINGS.n_ubatch}, at most --batch.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = None,
-    cache_type_k: Annotated[
-        CacheType,
-        typer.Option(
-            "--cache-type-k",
-            "-ctk",
-            metavar="TYPE",
-            help=f"Type of the K cache: {choices(CacheType)}.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = _TYPE_K,
-    cache_type_v: Annotated[
-        CacheType,
-        typer.Option(
-            "--cache-type-v",
-            "-ctv",
-            metavar="TYPE",
-            help="Type of the V cache, one of the same.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = _TYPE_V,
-    flash_attention: Annotated[
-        FlashAttention,
-        typer.Option(
-            "--flash-attention",
-            "-fa",
-            metavar="WHEN",
-            help=f"Flash attention: {choices(FlashAttention)}.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = _FLASH,
-    threads: Annotated[
-        int,
-        typer.Option(
-            "--threads",
-            "-t",
-            metavar="N",
-            min=0,
-            max=MAX_THREADS,
-            help="Threads; 0: one per performance core.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = _SETTINGS.threads,
-    threads_batch: Annotated[
-        int,
-        typer.Option(
-            "--threads-batch",
-            "-tb",
-            metavar="N",
-            min=0,
-            max=MAX_THREADS,
-            help="Threads while the prompt is computed; 0: as --threads.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = _SETTINGS.threads_batch,
-    load_mode: Annotated[
-        LoadMode,
-        typer.Option(
-            "--load-mode",
-            metavar="MODE",
-            help=f"How weights get from the file into memory: {choices(LoadMode)}.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = _LOAD_MODE,
-    no_repack: Annotated[
-        bool,
-        typer.Option(
-            "--no-repack",
-            help="Leave weights on the CPU in the file's order instead of the faster one.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = not _SETTINGS.repack,
-    no_op_offload: Annotated[
-        bool,
-        typer.Option(
-            "--no-op-offload",
-            help="Do not send large batches to the GPU for weights that are in RAM.",
-            rich_help_panel=_CONTEXT,
-        ),
-    ] = not _SETTINGS.op_offload,
+    context: ContextOption = _SETTINGS.n_ctx,
+    batch: BatchOption = None,
+    ubatch: UbatchOption = None,
+    cache_type_k: CacheTypeKOption = placing.TYPE_K,
+    cache_type_v: CacheTypeVOption = placing.TYPE_V,
+    flash_attention: FlashOption = placing.FLASH,
+    threads: ThreadsOption = _SETTINGS.threads,
+    threads_batch: ThreadsBatchOption = _SETTINGS.threads_batch,
+    load_mode: LoadModeOption = placing.LOAD_MODE,
+    no_repack: NoRepackOption = not _SETTINGS.repack,
+    no_op_offload: NoOpOffloadOption = not _SETTINGS.op_offload,
     rpc: RpcOption = None,
     # where everything goes
-    n_gpu_layers: Annotated[
-        str | None,
+    plan: Annotated[
+        Path | None,
         typer.Option(
-            "--gpu-layers",
-            "-ngl",
-            "--n-gpu-layers",
-            metavar="N",
-            help="Layers on the GPU, counted from the last: a number, 'all' (so too when only other "
-            "placement options are given), or 'auto' for the automatic plan.",
-            rich_help_panel=_PLACE,
+            "--plan",
+            metavar="FILE",
+            help="Run this plan, which 'tensortier plan --json' wrote, with its model; not together with other "
+            "options of placement or computation.",
         ),
     ] = None,
-    override_tensor: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--override-tensor",
-            "-ot",
-            metavar="REGEX=DEVICE",
-            help="Put the weights whose name the pattern finds on a device; the first match wins. "
-            "Repeat it, or join several by commas.",
-            rich_help_panel=_PLACE,
-        ),
-    ] = None,
-    cpu_moe: Annotated[
-        bool,
-        typer.Option(
-            "--cpu-moe", "-cmoe", help="Keep all expert weights on the CPU.", rich_help_panel=_PLACE
-        ),
-    ] = False,
-    n_cpu_moe: Annotated[
-        int | None,
-        typer.Option(
-            "--n-cpu-moe",
-            "-ncmoe",
-            metavar="N",
-            min=0,
-            max=INT_MAX,
-            help="Keep the expert weights of the first N layers on the CPU.",
-            rich_help_panel=_PLACE,
-        ),
-    ] = None,
-    n_cpu_ffn: Annotated[
-        int | None,
-        typer.Option(
-            "--n-cpu-ffn",
-            "-ncffn",
-            metavar="N",
-            min=0,
-            max=INT_MAX,
-            help="Keep the dense feed-forward weights of the first N layers on the CPU.",
-            rich_help_panel=_PLACE,
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            "--tensor-split",
-            "-ts",
-            metavar="N,N...",
-            help="Shares of the offloaded layers per device, such as 3,1.",
-            rich_help_panel=_PLACE,
-        ),
-    ] = None,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--device",
-            "-dev",
-            metavar="LIST",
-            help="Devices to offload to, in order, joined by commas; 'none': the CPU only.",
-            rich_help_panel=_PLACE,
-        ),
-    ] = None,
-    no_kv_offload: Annotated[
-        bool,
-        typer.Option("--no-kv-offload", "-nkvo", help="Keep the KV cache in RAM.", rich_help_panel=_PLACE),
-    ] = False,
+    n_gpu_layers: GpuLayersOption = None,
+    override_tensor: OverrideOption = None,
+    cpu_moe: CpuMoeOption = False,
+    n_cpu_moe: NCpuMoeOption = None,
+    n_cpu_ffn: NCpuFfnOption = None,
+    split: SplitOption = None,
+    device: DeviceOption = None,
+    no_kv_offload: NoKvOffloadOption = False,
 ) -> None:
     """Chat with a model in the terminal, or answer one prompt (-p, -f or piped data) and leave.
 
@@ -445,16 +299,16 @@ def run(
         )
     )
     settings = checked_settings(
-        Settings(
-            n_ctx=context,
-            type_k=cache_type_k.value,
-            type_v=cache_type_v.value,
-            flash_attention=flash_attention.value,
+        placing.settings_of(
+            context=context,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            flash_attention=flash_attention,
             threads=threads,
             threads_batch=threads_batch,
-            load_mode=load_mode.value,
-            repack=not no_repack,
-            op_offload=not no_op_offload,
+            load_mode=load_mode,
+            no_repack=no_repack,
+            no_op_offload=no_op_offload,
         ),
         batch=batch,
         ubatch=ubatch,
@@ -470,6 +324,11 @@ def run(
         kv_on_device=not no_kv_offload,
     )
     servers = split_servers(rpc)
+    given = None if plan is None else read_plan(plan)
+    if given is not None:
+        if model != DEFAULT_MODEL or manual.given or servers or settings != Settings():
+            raise UsageError("--plan says the model, its placement and its settings: give it alone")
+        model = given.model
     question = read_prompt(None if prompt is None else argument_text(prompt, "--prompt"), file)
     if question is None and (json or raw):
         raise UsageError(f"{'--json' if json else '--raw'} needs a prompt: give -p, -f or pipe one in")
@@ -488,5 +347,6 @@ def run(
             settings=settings,
             manual=manual,
             rpc=servers,
+            plan=given,
         )
     )

@@ -24,8 +24,9 @@ from tensortier.cli.answer import (
     stream_answer,
 )
 from tensortier.cli.common import note, progress_bar
+from tensortier.cli.placing import Manual, make_plan
 from tensortier.cli.worker import EXIT_INTERRUPTED, EngineThread
-from tensortier.errors import Cancelled, UsageError
+from tensortier.errors import Cancelled, PlanError, UsageError
 from tensortier.types import Plan, Sampling, Settings
 
 if TYPE_CHECKING:
@@ -33,25 +34,6 @@ if TYPE_CHECKING:
 
 _LONGEST_TEXT = 64 << 20  # bytes
 _WAIT_SECONDS = 2.0  # for piped data, before a line says what the program waits for
-
-
-@dataclass(frozen=True)
-class Manual:
-    """Placement as llama.cpp's users give it: the arguments of ``placement.from_flags``. The defaults are
-    what nothing given means."""
-
-    n_gpu_layers: int | None = None
-    override_tensors: Sequence[str] = ()
-    cpu_moe: bool = False
-    n_cpu_moe: int | None = None
-    n_cpu_ffn: int | None = None
-    tensor_split: Sequence[float] | None = None
-    devices: Sequence[str] | None = None
-    kv_on_device: bool = True
-
-    @property
-    def given(self) -> bool:
-        return self != Manual()
 
 
 @dataclass(frozen=True)
@@ -69,6 +51,7 @@ class Request:
     settings: Settings
     manual: Manual
     rpc: Sequence[str]
+    plan: Plan | None = None  # from a file; then settings, manual and rpc say nothing
 
 
 def argument_text(value: str, option: str) -> str:
@@ -137,26 +120,25 @@ def _read_standard_input() -> str:
         timer.cancel()
 
 
-def make_plan(request: Request) -> Plan:
-    """Read the model's header and the machine, and place everything. Raises the exceptions of those parts."""
-    from tensortier import gguf, hardware, library, placement, planner
+def read_plan(path: Path) -> Plan:
+    """The plan in a file that ``tensortier plan --json`` wrote. Raises UsageError, PlanError."""
+    import json
 
-    if gguf.is_remote(request.model):
-        raise UsageError(
-            f"{request.model} is a remote file: run needs one on this machine, download it first"
-        )
-    source = library.find(request.model)
-    model = gguf.read(source)
-    machine = hardware.probe(source, rpc=request.rpc)
-    if not request.manual.given:
-        return planner.simple_plan(model, machine, request.settings, rpc=request.rpc)
-    placed, warnings = placement.from_flags(model, machine, **vars(request.manual))
-    return planner.manual_plan(model, machine, request.settings, placed, rpc=request.rpc, warnings=warnings)
+    from tensortier import planfile
+
+    try:
+        return planfile.from_dict(json.loads(_read_text(path, "the plan file")))
+    except ValueError as exc:
+        raise PlanError(f"the plan file {path} is not JSON: {exc}") from exc
 
 
 def run_session(request: Request) -> None:
     """Plan, load, answer. Raises ``typer.Exit(130)`` after a Ctrl-C that ended it."""
-    plan = make_plan(request)
+    if request.plan is not None:
+        plan = request.plan
+    else:
+        planned = make_plan(request.model, request.settings, request.manual, request.rpc)
+        plan = planned.plan
     print_plan(plan, quiet=request.quiet)
     worker = EngineThread()
     try:

@@ -35,10 +35,15 @@ def export(plan: Plan, model: ModelInfo, target: str) -> Export:
         PatternError: an override of the plan is no regular expression.
     """
     if target not in _TARGETS:
-        near = difflib.get_close_matches(target.lower(), _TARGETS, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"unknown target {target!r}: {hint}there are: {', '.join(_TARGETS)}")
+        raise unknown(target)
     return _TARGETS[target][1](plan, model)
+
+
+def unknown(target: str) -> UsageError:
+    """The error for a name that is not in ``TARGETS``; it names the nearest."""
+    near = difflib.get_close_matches(target.lower(), _TARGETS, n=1, cutoff=0.3)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return UsageError(f"unknown target {target!r}: {hint}there are: {', '.join(_TARGETS)}")
 
 
 def render(exported: Export, shell: str = "posix") -> str:
