@@ -86,26 +86,43 @@ def _recurrent_state_bytes(model: ModelInfo) -> int:
     return 4 * (columns * (inner + 2 * value("ssm.group_count") * size) + size * inner)
 
 
-def compute_bytes(model: ModelInfo, settings: Settings) -> int:
-    """The compute buffer of a device that does a whole micro-batch and its output: an estimate, within some tens
-    of MiB with flash attention.
+def compute_bytes(
+    model: ModelInfo,
+    settings: Settings,
+    *,
+    attention: bool = True,
+    ffn: bool = True,
+    output: bool = True,
+    inputs: bool = True,
+) -> int:
+    """The compute buffer of a device, by what it computes of a whole micro-batch: an estimate, usually within a
+    few MiB with flash attention.
 
-    The larger of two moments: the output (logits of every token of the micro-batch beside two hidden states), and
-    a layer (the attention mask with the widest of feed-forward and attention).
+    The larger of two moments: the output (logits of every token beside the hidden states), and a layer (the
+    attention mask, hidden states, and the widest of feed-forward and attention). ``inputs``: it also looks up the
+    embedding, as the CPU does; the mask is made there too.
     """
     batch = ubatch_of(model, settings)
     context = context_of(model, settings)
     flash = settings.flash_attention != "off"
-    output = 4 * batch * (model.n_vocab + 2 * model.n_embd)
-    mask = (2 if flash else 4) * context * batch
-    width = max(model.n_ff, default=0)
-    if model.is_moe:
-        expert = _expert_width(model) or width
-        ffn = 4 * batch * model.n_expert_used * (3 * expert + 2 * model.n_embd)
-    else:
-        ffn = 4 * batch * (2 * width + 2 * model.n_embd)
-    scores = 0 if flash else 4 * batch * max(model.n_head, default=0) * context
-    return max(output, mask + max(ffn, scores))
+    state = 4 * batch * model.n_embd
+    logits = 4 * batch * model.n_vocab + state * (2 if inputs else 1) if output else 0
+    masked = context
+    if any(model.swa_layers) and model.sliding_window:
+        masked += padded(min(context, model.sliding_window + batch))
+    mask = (2 if flash else 4) * masked * batch
+    if not (attention or ffn):
+        return max(logits, mask + 2 * state if inputs else 0)
+    wide = 0
+    if ffn:
+        neurons = 4 * batch * max(model.n_ff, default=0)
+        wide = 3 * neurons  # up, gate and their product
+        if model.is_moe:
+            neurons = 4 * batch * model.n_expert_used * (_expert_width(model) or max(model.n_ff, default=0))
+            wide = max(3 * neurons, (2 * model.n_expert_used + 1) * state)
+    if attention and not flash:
+        wide = max(wide, 4 * batch * max(model.n_head, default=0) * context)
+    return max(logits, mask + wide + state * (4 if attention else 1))
 
 
 def _expert_width(model: ModelInfo) -> int:

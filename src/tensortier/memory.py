@@ -7,10 +7,20 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Protocol
 
-from tensortier import errors, planfile
-from tensortier.types import DeviceMemory, Plan
+from tensortier import errors, formulas, placement, planfile
+from tensortier.types import DeviceMemory, ModelInfo, Plan
+
+
+class Answers(Protocol):
+    """Whoever can say what a plan takes."""
+
+    def ask(self, plan: Plan) -> tuple[DeviceMemory, ...]:
+        """Bytes of weights, KV cache and compute buffer per device ("CPU" is RAM)."""
+        ...
 
 
 class Probe:
@@ -88,6 +98,50 @@ class Probe:
         if kind is not None:  # whatever it is still working on, nobody waits for the answer
             self._process.kill()
         self.close()
+
+
+class Formulas:
+    """Answers the same questions by formula, for a machine or a model that is not here: weights and KV cache to
+    the byte but for alignment, the compute buffer within some tens of MiB (``formulas.compute_bytes``).
+
+    ``free``: bytes per device, by which layers are shared out where a plan gives no shares.
+    """
+
+    def __init__(self, model: ModelInfo, free: Mapping[str, int]) -> None:
+        self._model = model
+        self._free = free
+
+    def ask(self, plan: Plan) -> tuple[DeviceMemory, ...]:
+        """As ``Probe.ask``, at once."""
+        model, place, settings = self._model, plan.placement, plan.settings
+        layers = placement.layer_devices(model, place, self._free)
+        where = placement.resolve(model, place, self._free)
+        weights = placement.bytes_per_device(model, where)
+        output = layers[-1]
+        embedding = next((t for t in model.tensors if t.name == "token_embd.weight"), None)
+        if model.tied_output and embedding is not None and where[embedding.name] != output:
+            weights[output] = weights.get(output, 0) + embedding.nbytes
+        kv: dict[str, int] = {}
+        for device, size in zip(layers, formulas.kv_bytes(model, settings), strict=False):
+            home = device if place.kv_on_device else "CPU"
+            kv[home] = kv.get(home, 0) + size
+        ffn = {where[t.name] for t in model.tensors if t.role.is_dense_ffn or t.role.is_routed_expert}
+        return tuple(
+            DeviceMemory(
+                device,
+                weights.get(device, 0),
+                kv.get(device, 0),
+                formulas.compute_bytes(
+                    model,
+                    settings,
+                    attention=device in layers[:-1],
+                    ffn=device in ffn,
+                    output=device == output,
+                    inputs=device == "CPU",
+                ),
+            )
+            for device in sorted({"CPU", *layers, *where.values()})
+        )
 
 
 def predict(plan: Plan) -> tuple[DeviceMemory, ...]:

@@ -21,59 +21,76 @@ def manual_plan(
     *,
     rpc: Sequence[str] = (),
     warnings: Sequence[str] = (),
+    answers: memory.Answers | None = None,
 ) -> Plan:
     """The plan for a placement that somebody chose: its memory is predicted, and what does not fit is said.
+    ``answers`` as for ``simple_plan``.
 
     Raises:
         LoadError, ModelFileError: llama.cpp would refuse to load it so.
     """
     plan = Plan(model.path, place, _with_threads(settings, hardware), rpc=tuple(rpc))
-    plan = _finish(plan, hardware, memory.predict(plan), ["placed by hand"], model)
+    rows = memory.predict(plan) if answers is None else answers.ask(plan)
+    plan = _finish(plan, hardware, rows, ["placed by hand"], model)
     return dataclasses.replace(plan, warnings=(*warnings, *plan.warnings))
 
 
-def simple_plan(model: ModelInfo, hardware: Hardware, settings: Settings, *, rpc: Sequence[str] = ()) -> Plan:
+def simple_plan(
+    model: ModelInfo,
+    hardware: Hardware,
+    settings: Settings,
+    *,
+    rpc: Sequence[str] = (),
+    answers: memory.Answers | None = None,
+) -> Plan:
     """Everything on the GPUs if it fits; else attention and KV cache there first and as many feed-forward
     tensors as fit beside them; else as many whole layers as fit; else all in RAM.
 
-    "Fits" is llama.cpp's own answer (``memory.Probe``) against free memory less ``DEVICE_MARGIN``.
+    "Fits" is llama.cpp's own answer (``memory.Probe``) against free memory less ``DEVICE_MARGIN``. For a machine or
+    a model that is not here, ``answers`` (``memory.Formulas``) is asked instead.
 
     Raises:
         LoadError, ModelFileError: llama.cpp would not load this model at all.
     """
     plan = Plan(model=model.path, settings=_with_threads(settings, hardware), rpc=tuple(rpc))
+    if answers is not None:
+        return _fit(answers, plan, model, hardware)
+    with memory.Probe() as probe:
+        return _fit(probe, plan, model, hardware)
+
+
+def _fit(answers: memory.Answers, plan: Plan, model: ModelInfo, hardware: Hardware) -> Plan:
     gpus = placement.gpus(hardware)
     room = {d.name: _room(d.memory_free, d.memory_total) for d in gpus}
-    with memory.Probe() as probe:
-        if not gpus:
-            return _finish(
-                plan, hardware, probe.ask(plan), ["no GPU here: all weights and the KV cache in RAM"], model
-            )
-        names = tuple(room)
-        # Shares are written down, so that the layers are where they were planned whatever is free at the load.
-        shares = tuple(float(r) for r in room.values()) if len(names) > 1 and any(room.values()) else ()
-        plan = dataclasses.replace(plan, placement=Placement(names, n_gpu_layers=-1, tensor_split=shares))
-        rows = probe.ask(plan)
-        if not _excess(rows, room):
-            return _finish(plan, hardware, rows, ["everything fits on " + " and ".join(names)], model)
-        spilled = _spill(probe, plan, model, room)
-        if spilled is not None:
-            plan, rows, moved = spilled
-            reason = (
-                f"attention and KV cache on {' and '.join(names)}; {_gib(moved)} of feed-forward weights do not fit "
-                "beside them and are computed by the CPU"
-            )
-            return _finish(plan, hardware, rows, [reason], model)
-        plan, rows = _whole_layers(probe, plan, model, room)
-        layers = plan.placement.n_gpu_layers
-        if layers:
-            reason = (
-                f"not even all attention and KV cache fit on {' and '.join(names)}: "
-                f"{layers} of {model.n_layers + 1} layers there without their feed-forward weights, the rest in RAM"
-            )
-        else:
-            reason = f"nothing useful fits on {' and '.join(names)}: all in RAM"
+    if not gpus:
+        return _finish(
+            plan, hardware, answers.ask(plan), ["no GPU here: all weights and the KV cache in RAM"], model
+        )
+    names = tuple(room)
+    # Shares are written down, so that the layers are where they were planned whatever is free at the load.
+    shares = tuple(float(r) for r in room.values()) if len(names) > 1 and any(room.values()) else ()
+    plan = dataclasses.replace(plan, placement=Placement(names, n_gpu_layers=-1, tensor_split=shares))
+    rows = answers.ask(plan)
+    if not _excess(rows, room):
+        return _finish(plan, hardware, rows, ["everything fits on " + " and ".join(names)], model)
+    spilled = _spill(answers, plan, model, room)
+    if spilled is not None:
+        plan, rows, moved = spilled
+        reason = (
+            f"attention and KV cache on {' and '.join(names)}; {_gib(moved)} of feed-forward weights do not fit "
+            "beside them and are computed by the CPU"
+        )
         return _finish(plan, hardware, rows, [reason], model)
+    plan, rows = _whole_layers(answers, plan, model, room)
+    layers = plan.placement.n_gpu_layers
+    if layers:
+        reason = (
+            f"not even all attention and KV cache fit on {' and '.join(names)}: "
+            f"{layers} of {model.n_layers + 1} layers there without their feed-forward weights, the rest in RAM"
+        )
+    else:
+        reason = f"nothing useful fits on {' and '.join(names)}: all in RAM"
+    return _finish(plan, hardware, rows, [reason], model)
 
 
 def _room(free: int, total: int) -> int:
@@ -91,7 +108,7 @@ def _excess(rows: Sequence[DeviceMemory], room: Mapping[str, int]) -> dict[str, 
 
 
 def _spill(
-    probe: memory.Probe, plan: Plan, model: ModelInfo, room: Mapping[str, int]
+    answers: memory.Answers, plan: Plan, model: ModelInfo, room: Mapping[str, int]
 ) -> tuple[Plan, tuple[DeviceMemory, ...], int] | None:
     """All layers offloaded, and just enough feed-forward tensors moved to the CPU, last layers first and routed
     experts before dense ones. None when that is not enough. The bytes of what was moved come third."""
@@ -103,7 +120,7 @@ def _spill(
             queue[where[tensor.name]].append(tensor)
     moved: list[Tensor] = []
     # Moving weights changes the compute buffers too, so ask again until it fits; every round moves something.
-    while excess := _excess(rows := probe.ask(plan), room):
+    while excess := _excess(rows := answers.ask(plan), room):
         for device, over in excess.items():
             while over > 0 and queue[device]:
                 moved.append(tensor := queue[device].pop())
@@ -116,7 +133,7 @@ def _spill(
 
 
 def _whole_layers(
-    probe: memory.Probe, plan: Plan, model: ModelInfo, room: Mapping[str, int]
+    answers: memory.Answers, plan: Plan, model: ModelInfo, room: Mapping[str, int]
 ) -> tuple[Plan, tuple[DeviceMemory, ...]]:
     """The most layers that fit while all feed-forward weights stay on the CPU, found by bisection."""
     spill_all = compact([t for t in model.tensors if t.role.is_routed_expert or t.role.is_dense_ffn])
@@ -128,11 +145,11 @@ def _whole_layers(
     low, high = 0, model.n_layers + 1  # low fits (on no device at all), high does not
     while high - low > 1:
         middle = (low + high) // 2
-        if _excess(probe.ask(at(middle)), room):
+        if _excess(answers.ask(at(middle)), room):
             high = middle
         else:
             low = middle
-    return at(low), probe.ask(at(low))
+    return at(low), answers.ask(at(low))
 
 
 def compact(tensors: Sequence[Tensor]) -> tuple[Override, ...]:

@@ -101,3 +101,73 @@ def test_a_plan_is_given_alone(tmp_path: Path) -> None:
     answer = tensortier("run", "--plan", file, "-p", "x", "-c", "99")
     assert answer.returncode == 2
     assert "give it alone" in answer.stderr
+
+
+ELSEWHERE = ("--gpu", "RTX 4060 8GB", "--ram", "32GiB", "--cpu-bandwidth", "60")
+
+
+def test_a_machine_that_is_not_here(skeleton: Callable[[str], Path]) -> None:
+    """A mixture of 18 GB on a card of 8: attention, KV cache and the first experts on the card, within it."""
+    path = skeleton("qwen3-30b-a3b-q4_k_m")
+    answer = tensortier("plan", path, *ELSEWHERE, "-c", "16384", "--json")
+    assert answer.returncode == 0, answer.stderr
+    plan = json.loads(answer.stdout)
+    rows = {row["device"]: row for row in plan["memory"]}
+    assert rows["CPU"]["kv_bytes"] == 0
+    assert rows["CUDA0"]["kv_bytes"] == 48 * 16384 * 4 * 256 * 2
+    used = sum(v for k, v in rows["CUDA0"].items() if k != "device")
+    assert 6.0 * 2**30 < used < 7.2 * 2**30
+    assert all("_exps" in o["pattern"] for o in plan["placement"]["overrides"])
+
+
+def test_a_model_that_is_not_here(skeleton: Callable[[str], Path]) -> None:
+    """Only the header of the remote file is read: here under 1 % of its bytes, counted by the server."""
+    import http.server
+    import threading
+
+    path = skeleton("qwen3-30b-a3b-q4_k_m")
+    size = path.stat().st_size
+    sent = 0
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            nonlocal sent
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            end = min(int(last), size - 1)
+            with path.open("rb") as file:
+                file.seek(int(first))
+                data = file.read(end - int(first) + 1)
+            sent += len(data)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{end}/{size}")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        answer = tensortier("plan", f"http://127.0.0.1:{server.server_port}/model.gguf", *ELSEWHERE)
+        server.shutdown()
+    assert answer.returncode == 0, answer.stderr
+    assert "17.3 GiB of weights" in answer.stdout
+    assert 0 < sent < size / 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpu", "RTX 4060 8GB"], "--ram"),
+        (["--gpu", "RTX 4060 8GB", "--ram", "32GiB"], "bandwidth"),
+        (["--gpu", "RTX 4061", "--ram", "32GiB", "--cpu-bandwidth", "60"], "RTX 4060"),
+        (["--cpu-bandwidth", "60"], "--gpu"),
+        ([*ELSEWHERE, "--rpc", "127.0.0.1:1"], "--rpc"),
+    ],
+)
+def test_bad_machines(arguments: list[str], told: str) -> None:
+    answer = tensortier("plan", "smollm2", *arguments)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert told in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1

@@ -12,11 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "tensortier.cli", "run", "smollm2"]
+from tensortier import gguf
+
+PROGRAM = [sys.executable, "-m", "tensortier.cli"]
+COMMAND = [*PROGRAM, "run", "smollm2"]
 SHORT = ["-c", "512", "--temp", "0", "-t", "2"]
 QUESTION = "What is the capital of France? Answer in one sentence."
 ENDLESS = "Count from one to ten thousand, in words."
@@ -106,12 +110,24 @@ def test_raw_grammar_and_stop(tmp_path: Path) -> None:
     assert found["prompt_tokens"] < 6  # no chat template around it
 
 
-def test_a_pattern_that_matches_nothing_is_a_warning() -> None:
-    result = run("-p", "Hi", "-n", "1", "--json", "-ngl", "99", "-ot", "no_such_tensor=CPU", *SHORT)
+def test_what_does_nothing_or_harm_is_a_warning(tiny_path: Path) -> None:
+    trained = gguf.read(tiny_path).context_length
+    arguments = ["-p", "Hi", "-n", "1", "-t", "2", "--json", "-ngl", "99", "-ot", "no_such_tensor=CPU"]
+    result = run(*arguments, "-c", str(trained + 256), command=[*PROGRAM, "run", str(tiny_path)])
     assert result.returncode == 0, result.stderr
     warnings = json.loads(result.stdout)["warnings"]
     assert any("no_such_tensor" in warning for warning in warnings)
-    assert "tensortier: warning: " in result.stderr
+    assert any(f"longer than the {trained} that" in warning for warning in warnings)
+    assert result.stderr.count("tensortier: warning: ") == len(warnings)
+
+
+def test_inspect_and_the_override_pattern_agree(smollm2_path: Path) -> None:
+    pattern = r"blk\.(1|2[0-9])\.ffn_(up|down)"
+    found = run("inspect", str(smollm2_path), "--match", pattern, "--json", command=PROGRAM)
+    matched = json.loads(found.stdout)["match"]
+    names = [t["name"] for t in json.loads(found.stdout)["tensors"] if re.search(pattern, t["name"])]
+    assert len(names) == 22
+    assert sorted(matched["tensors"]) == sorted(names)
 
 
 # --- bad input
@@ -150,15 +166,18 @@ def test_bad_files_end_with_one_line(tmp_path: Path) -> None:
     assert result.returncode in (1, 2)
 
 
-def test_a_prompt_longer_than_the_context_and_a_bad_grammar(tmp_path: Path) -> None:
-    result = run("-p", "word " * 400, "-c", "256", "-t", "2")
+def test_a_prompt_longer_than_the_context_and_a_bad_grammar(tmp_path: Path, tiny_path: Path) -> None:
+    result = run(str(tiny_path), "-p", "word " * 400, "-c", "256", "-t", "2", command=COMMAND[:-1])
     assert "context" in one_error_line(result)
     assert result.returncode == 1
     grammar = tmp_path / "bad.gbnf"
-    grammar.write_text("root ::= (", encoding="utf-8")
-    result = run("-p", "hi", "--grammar", str(grammar), *SHORT)
-    assert "grammar" in one_error_line(result)
-    assert result.returncode == 2
+    for text, reason in (("root ::= (", "expecting ')'"), ('other ::= "a"', "'root'")):
+        grammar.write_text(text, encoding="utf-8")
+        result = run(str(tiny_path), "-p", "hi", "--grammar", str(grammar), *SHORT, command=COMMAND[:-1])
+        assert reason in one_error_line(result)
+        assert result.returncode == 2
+        # the plan's reason and the error: the parser's own message went into that
+        assert len(result.stderr.splitlines()) == 2
 
 
 # --- Ctrl-C
@@ -188,10 +207,16 @@ def interrupt(process: subprocess.Popen[bytes], seconds: float) -> None:
     assert [pid for pid in started_here if Path(f"/proc/{pid}").exists()] == []
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*COMMAND, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+@contextmanager
+def start(*arguments: str, command: list[str] = COMMAND) -> Iterator[subprocess.Popen[bytes]]:
+    """A running program; killed at the end if a test that failed left it."""
+    with subprocess.Popen(
+        [*command, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_ctrl_c_during_a_streamed_answer() -> None:
@@ -206,13 +231,37 @@ def test_ctrl_c_during_a_streamed_answer() -> None:
     assert b"Traceback" not in err
 
 
+def test_ctrl_c_and_json(tiny_path: Path) -> None:
+    command = [*PROGRAM, "run", str(tiny_path)]
+    with start("-p", "Hi", "-c", "8192", "-t", "1", "--json", "--verbose", command=command) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while b"reserve took" not in (line := process.stderr.readline()):  # one of the load's last lines
+            assert line
+        time.sleep(0.5)
+        interrupt(process, seconds=10)
+        out, err = process.stdout.read(), process.stderr.read()
+    found = json.loads(out)  # one object and nothing else
+    assert found["finish_reason"] == "cancelled"
+    assert err.endswith(b"tensortier: interrupted\n")
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.45])  # while modules are imported, while it plans
+def test_ctrl_c_at_the_start(tiny_path: Path, seconds: float) -> None:
+    with start("-p", "Hi", "-c", "8192", command=[*PROGRAM, "run", str(tiny_path)]) as process:
+        assert process.stderr is not None
+        time.sleep(seconds)
+        interrupt(process, seconds=10)
+        err = process.stderr.read()
+    assert b"Traceback" not in err
+
+
 def test_ctrl_c_during_a_long_prompt(tmp_path: Path) -> None:
     prompt = tmp_path / "long.txt"
-    prompt.write_text("The quick brown fox jumps over the lazy dog. " * 600, encoding="utf-8")
+    prompt.write_text("The quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
     with start("-f", str(prompt), "-c", "8192", "-t", "1", "-n", "1") as process:
         assert process.stdout is not None and process.stderr is not None
-        process.stderr.readline()  # the plan's reason: the load comes next, then half a minute of prompt
-        time.sleep(3)
+        process.stderr.readline()  # the plan's reason: the load comes next, then ten seconds of prompt
+        time.sleep(2)
         interrupt(process, seconds=10)
         out, err = process.stdout.read(), process.stderr.read()
     assert out == b""
@@ -296,7 +345,7 @@ class Terminal:
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
     program = Terminal(
-        [*COMMAND, "-c", "1024", "-n", "60", "--temp", "0", "-t", "2", "-s", "Be brief."], tmp_path
+        [*COMMAND, "-c", "1024", "-n", "40", "--temp", "0", "-t", "2", "-s", "Be brief."], tmp_path
     )
     yield program
     program.close()

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": {"types", "errors", "paths", "gguf", "_llama"},
     "placement": {"types", "errors", "patterns"},
     "planfile": {"types", "errors"},
-    "memory": {"types", "errors", "planfile"},
+    "memory": {"types", "errors", "planfile", "placement", "formulas"},
     "export": {"types", "errors", "patterns", "placement"},
     "planner": {"types", "errors", "placement", "memory"},
     "_llama": {"types", "errors", "backends", "placement", "planfile"},

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tensortier import formulas, gguf, memory
-from tensortier.types import Plan, Settings
+from tensortier import formulas, gguf, memory, planner
+from tensortier.types import Placement, Plan, Settings
 from tests.models import skeletons
 
 
@@ -38,7 +38,7 @@ def test_without_flash_attention(skeleton: Callable[[str], Path], probe: memory.
     path = skeleton("llama-3.3-70b-q4_k_m")
     settings = Settings(n_ctx=32768, flash_attention="off", repack=False)
     (told,) = probe.ask(Plan(model=str(path), settings=settings))
-    assert formulas.compute_bytes(gguf.read(path), settings) == pytest.approx(told.compute_bytes, rel=0.03)
+    assert formulas.compute_bytes(gguf.read(path), settings) == pytest.approx(told.compute_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["gemma-3-12b-q4_k_m", "qwen3-next-80b-a3b-q4_k_m", "deepseek-v3-q4_k_m"])
@@ -59,3 +59,29 @@ def test_small_models(fixture: str, probe: memory.Probe, request: pytest.Fixture
         settings = Settings(n_ctx=n_ctx, type_k=types[0], type_v=types[1], flash_attention="on")
         (told,) = probe.ask(Plan(model=str(path), settings=settings))
         assert sum(formulas.kv_bytes(model, settings)) == told.kv_bytes, settings
+
+
+@pytest.mark.parametrize("name", skeletons.NAMES)
+def test_placements(name: str, skeleton: Callable[[str], Path], probe: memory.Probe, rpc_device: str) -> None:
+    """Split between the CPU and a device: weights but for alignment, KV to the byte, the total within 1 % or
+    100 MiB, against llama.cpp's layout on the RPC device."""
+    path = skeleton(name)
+    model = gguf.read(path)
+    odd = [
+        t for t in model.tensors if (t.role.is_routed_expert or t.role.is_dense_ffn) and (t.layer or 0) % 2
+    ]
+    settings = Settings(n_ctx=16384, flash_attention="on", repack=False)
+    for place in (
+        Placement(("RPC0",), -1),
+        Placement(("RPC0",), -1, overrides=planner.compact(odd)),
+        Placement(("RPC0",), 20),
+        Placement(("RPC0",), 20, kv_on_device=False),
+    ):
+        plan = Plan(str(path), place, settings, rpc=(rpc_device,))
+        told = {row.device: row for row in probe.ask(plan)}
+        ours = {row.device: row for row in memory.Formulas(model, {}).ask(plan)}
+        assert told.keys() == ours.keys()
+        for device, row in told.items():
+            assert abs(row.weights_bytes - ours[device].weights_bytes) <= 256 * len(model.tensors)
+            assert ours[device].kv_bytes == row.kv_bytes
+            assert ours[device].total_bytes == pytest.approx(row.total_bytes, rel=0.01, abs=100 << 20)

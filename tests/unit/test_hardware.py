@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from tensortier import hardware, system
-from tensortier.errors import LibraryError
+from tensortier.errors import BackendError, LibraryError
 from tensortier.types import Device
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the files of Linux")
@@ -217,6 +219,10 @@ def test_probe_inside_a_real_control_group() -> None:
     assert abs((before - after) - (128 << 20)) < 16 << 20
 
 
+def test_drive_of_a_name_that_begins_with_a_tilde_and_no_user() -> None:
+    assert system.drive("~no such user/x").total > 0
+
+
 def test_drive_of_real_paths(tmp_path: Path) -> None:
     found = system.drive(tmp_path / "not" / "there" / "yet")
     usage = psutil.disk_usage(str(tmp_path))
@@ -292,6 +298,48 @@ def test_probe_lists_the_remote_device_and_prints(rpc_device: str) -> None:
 def test_probe_of_a_server_that_is_not_there() -> None:
     with pytest.raises(LibraryError, match=r"127\.0\.0\.1:1\b"):
         hardware.probe(rpc=["127.0.0.1:1"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "stays", "told"),
+    [
+        (b"", False, "no ggml RPC server|no RPC server answers"),
+        (
+            b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+            False,
+            "no ggml RPC server",
+        ),
+        (b"\xff" * 4096, True, "no ggml RPC server"),
+        (b"", True, "does not answer within"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", True, "does not answer within"),
+    ],
+)
+def test_a_port_where_something_else_listens(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes, stays: bool, told: str
+) -> None:
+    from tensortier._llama import devices
+
+    monkeypatch.setattr(devices, "_RPC_SECONDS", 0.3)
+    over = threading.Event()
+
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(33, socket.MSG_WAITALL)
+            connection.sendall(answer)
+            if stays:
+                over.wait(10)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        port = server.getsockname()[1]
+        try:
+            with pytest.raises(BackendError, match=told):
+                devices._greet(f"127.0.0.1:{port}", "127.0.0.1", port)
+        finally:
+            over.set()
+            thread.join()
 
 
 def test_details_only_where_it_is_certain_which_card_is_which() -> None:

@@ -285,25 +285,36 @@ def make_plan(
     *,
     vram: Sequence[int] = (),
     ram: int | None = None,
+    elsewhere: Hardware | None = None,
+    remote: bool = False,
 ) -> Planned:
     """Read the model's header and the machine, and place everything. Raises the exceptions of those parts.
 
     ``vram``: bytes that may be used of each GPU, or of all of them alike where it is one number; ``ram``: bytes
-    of main memory. Both only ever lower what is there.
+    of main memory. Both only ever lower what is there. ``elsewhere``: a machine to plan for instead of this one.
+    ``remote``: the model may be a file behind ``hf://`` or ``https://``, of which only the header is read. For
+    either, bytes come from formulas, not from llama.cpp.
     """
-    from tensortier import gguf, hardware, library, placement, planner
+    from tensortier import gguf, hardware, library, memory, placement, planner
 
-    if gguf.is_remote(name):
+    away = gguf.is_remote(name)
+    if away and not remote:
         raise UsageError(f"{name} is a remote file: it has to be on this machine, download it first")
-    source = library.find(name)
+    source = name if away else library.find(name)
     model = gguf.read(source)
-    machine = hardware.probe(source, rpc=rpc)
+    machine = elsewhere or hardware.probe(None if away else source, rpc=rpc)
     if vram or ram is not None:
         machine = _limited(machine, vram, ram)
+    answers = None
+    if away or elsewhere is not None:
+        answers = memory.Formulas(model, {d.name: d.memory_free for d in machine.devices})
     if not manual.given:
-        return Planned(planner.simple_plan(model, machine, settings, rpc=rpc), model, machine)
-    placed, warnings = placement.from_flags(model, machine, **vars(manual))
-    plan = planner.manual_plan(model, machine, settings, placed, rpc=rpc, warnings=warnings)
+        plan = planner.simple_plan(model, machine, settings, rpc=rpc, answers=answers)
+    else:
+        placed, warnings = placement.from_flags(model, machine, **vars(manual))
+        plan = planner.manual_plan(
+            model, machine, settings, placed, rpc=rpc, warnings=warnings, answers=answers
+        )
     return Planned(plan, model, machine)
 
 

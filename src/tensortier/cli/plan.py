@@ -27,7 +27,8 @@ def plan(
         typer.Argument(
             metavar="MODEL",
             show_default=False,
-            help="A GGUF file (of a split one the first) or a name from 'tensortier models'.",
+            help="A GGUF file (of a split one the first), a name from 'tensortier models', or a file that is not "
+            "here: hf://owner/repo/file.gguf or https://..., of which only the header is read.",
         ),
     ],
     vram: Annotated[
@@ -43,6 +44,35 @@ def plan(
         str | None,
         typer.Option(
             "--ram", metavar="SIZE", help="Use no more than this of main memory.", rich_help_panel=_BUDGET
+        ),
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="Plan for a machine that is not here, with this card, such as 'RTX 4060 8GB'. Repeat it for "
+            "several; needs --ram, and --memory or --cpu-bandwidth.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    cpu_bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            "--cpu-bandwidth",
+            metavar="GB/S",
+            min=0.1,
+            help="Of that machine's main memory.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    main_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="NAME",
+            help="That machine's main memory, such as 'DDR5-5600 x2'.",
+            rich_help_panel=_BUDGET,
         ),
     ] = None,
     target: Annotated[
@@ -110,7 +140,17 @@ def plan(
         kv_on_device=not no_kv_offload,
     )
     from tensortier import export, planfile
-    from tensortier.catalogue import parse_bytes
+    from tensortier.catalogue import hypothetical, parse_bytes
+
+    elsewhere = None
+    if gpu:
+        if ram is None:
+            raise UsageError("--gpu describes another machine: say its main memory too, such as --ram 32GiB")
+        if rpc:
+            raise UsageError("--gpu describes another machine: --rpc cannot be asked from here")
+        elsewhere = hypothetical(gpu, parse_bytes(ram), cpu_bandwidth=cpu_bandwidth, memory=main_memory)
+    elif cpu_bandwidth is not None or main_memory is not None:
+        raise UsageError("--cpu-bandwidth and --memory describe another machine: give its --gpu too")
 
     if target is not None and target not in export.TARGETS:
         raise export.unknown(target)
@@ -120,7 +160,9 @@ def plan(
         manual,
         split_servers(rpc),
         vram=tuple(parse_bytes(size) for size in split_list([vram])) if vram is not None else (),
-        ram=None if ram is None else parse_bytes(ram),
+        ram=None if ram is None or elsewhere is not None else parse_bytes(ram),
+        elsewhere=elsewhere,
+        remote=True,
     )
     if json:
         print_json(planfile.to_dict(planned.plan))
@@ -129,7 +171,7 @@ def plan(
     else:
         _show(planned, console())
         return
-    for warning in planned.plan.warnings:
+    for warning in (*planned.hardware.warnings, *planned.plan.warnings):
         note(f"warning: {warning}")
 
 
@@ -143,7 +185,7 @@ def _show(planned: Planned, out: Console) -> None:
     out.print(f"{name}: {readable_size(planned.model.nbytes)} of weights", markup=False)
     out.print(f"context {context}, KV cache {settings.type_k} and {settings.type_v}", markup=False)
     table = Table()
-    for name in ("device", "weights", "KV cache", "compute", "total", "free now"):
+    for name in ("device", "weights", "KV cache", "compute", "total", "free"):
         table.add_column(name, justify="left" if name == "device" else "right")
     for row in plan.memory:
         sizes = (row.weights_bytes, row.kv_bytes, row.compute_bytes, row.total_bytes)
@@ -159,5 +201,5 @@ def _show(planned: Planned, out: Console) -> None:
         f"micro-batch {plan.settings.n_ubatch}",
         markup=False,
     )
-    for warning in plan.warnings:
+    for warning in (*planned.hardware.warnings, *plan.warnings):
         out.print(f"warning: {warning}", markup=False)
