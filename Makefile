@@ -7,7 +7,7 @@ NATIVE := $(wildcard native/*.cpp native/*.h)
 .PHONY: demo test check bench sanitize docs clean
 
 demo: .venv/.installed
-	$(BIN)/tensortier run smollm2 -p "Why does the moon look bigger near the horizon? Answer in three sentences." --temperature 0 --max-tokens 120
+	$(BIN)/tensortier run smollm2 -p "Explain in two sentences why leaves are green." --temperature 0 --max-tokens 120
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
