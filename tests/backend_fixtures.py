@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +42,12 @@ def rpc_server(log: Path, threads: int = SERVER_THREADS, address_space: int | No
     ]
 
     def limit() -> None:
+        if (
+            sys.platform == "linux"
+        ):  # it ends with the tests, even when they are killed: prctl(PR_SET_PDEATHSIG)
+            import ctypes
+
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         if address_space is not None:
             import resource
 

@@ -153,6 +153,8 @@ def build(
         module = module_path(name)
         if module is None or force:
             module = _build(name, version, source, jobs, cuda_architectures, say)
+        elif source or jobs or cuda_architectures:
+            say(f"{name} is built already, so these options change nothing; --force builds it again")
         return module
     finally:
         lock.release()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensortier import system
+from tensortier import errors, system
 from tensortier.errors import LibraryError
 from tensortier.types import Device, Hardware
 
@@ -146,6 +146,8 @@ def _devices(rpc: Sequence[str]) -> tuple[tuple[Device, ...], tuple[str, ...]]:
         raise LibraryError(f"llama.cpp could not list its devices: {why}")
     try:
         found = json.loads(answer.stdout)
+        if "error" in found:
+            raise getattr(errors, found["kind"])(found["error"])
         devices = tuple(Device(**row) for row in found["devices"])
         return devices, tuple(found["warnings"])
     except (ValueError, TypeError, KeyError) as exc:

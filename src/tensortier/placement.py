@@ -178,7 +178,15 @@ def _devices(hardware: Hardware, names: Sequence[str] | None) -> tuple[str, ...]
         return tuple(d.name for d in gpus(hardware))
     if list(names) == ["none"]:
         return ()
-    return tuple(device_name(hardware, name, "--device") for name in names)
+    chosen = tuple(device_name(hardware, name, "--device") for name in names)
+    for device in hardware.devices:
+        if device.name in chosen and device.kind not in ("gpu", "igpu"):
+            raise UsageError(
+                f"--device {device.name}: layers are not offloaded to it; 'none' keeps all on the CPU"
+            )
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"--device names a device twice: {', '.join(chosen)}")
+    return chosen
 
 
 def device_name(hardware: Hardware, name: str, option: str) -> str:

@@ -124,6 +124,8 @@ def test_override_texts(smollm2: ModelInfo) -> None:
         ({"override_tensors": ["(=CPU"]}, PatternError, r"\("),
         ({"override_tensors": ["x=GPU9"]}, UsageError, "CUDA0, CPU"),
         ({"devices": ["CUDA1"]}, UsageError, "CUDA1"),
+        ({"devices": ["CPU"]}, UsageError, "not offloaded"),
+        ({"devices": ["CUDA0", "cuda0"]}, UsageError, "twice"),
         ({"n_gpu_layers": -2}, UsageError, "-2"),
         ({"n_cpu_moe": -1}, UsageError, "n-cpu-moe"),
         ({"n_cpu_ffn": -1}, UsageError, "n-cpu-ffn"),

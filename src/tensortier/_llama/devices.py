@@ -1,7 +1,8 @@
 """ggml devices: load backend modules, reach remote servers, list what there is, find buffer types by name.
 
 Run as a program (``python -m tensortier._llama.devices [host:port ...]``) it prints what it finds as JSON, so
-that the planning half learns of devices without loading a native library: ``{"devices": [...], "warnings": [...]}``.
+that the planning half learns of devices without loading a native library: ``{"devices": [...], "warnings": [...]}``,
+or ``{"error": text, "kind": name of the exception}``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from tensortier import backends
 from tensortier._llama.libs import ggml_function, llama
@@ -216,11 +218,13 @@ def _main(endpoints: Sequence[str]) -> int:
     os.dup2(2, 1)
     try:
         warnings = load_modules(endpoints)
-        rows = [dataclasses.asdict(device) for device in devices()]
+        found: dict[str, Any] = {
+            "devices": [dataclasses.asdict(device) for device in devices()],
+            "warnings": warnings,
+        }
     except TensortierError as exc:
-        print(exc, file=sys.stderr)
-        return 1
-    json.dump({"devices": rows, "warnings": warnings}, answer)
+        found = {"error": str(exc), "kind": type(exc).__name__}
+    json.dump(found, answer)
     answer.close()
     return 0
 
