@@ -104,6 +104,9 @@ struct InitParams {
     X(Graph *, ggml_new_graph_custom, (Context * ctx, size_t size, bool grads))                              \
     X(void, ggml_build_forward_expand, (Graph * graph, Tensor * tensor))                                     \
     X(Tensor *, ggml_graph_node, (Graph * graph, int index))                                                 \
+    X(Tensor *, ggml_rms_norm, (Context * ctx, Tensor * a, float eps))                                       \
+    X(Tensor *, ggml_mul, (Context * ctx, Tensor * a, Tensor * b))                                           \
+    X(Tensor *, ggml_add, (Context * ctx, Tensor * a, Tensor * b))                                           \
     X(Tensor *, ggml_flash_attn_ext,                                                                         \
       (Context * ctx, Tensor * q, Tensor * k, Tensor * v, Tensor * mask, float scale, float max_bias,        \
        float logit_softcap))

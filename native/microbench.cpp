@@ -262,3 +262,40 @@ int tt_bench_attention(const tt_attention_bench * bench, double * seconds, int c
     const int runs = time_graph(backend.get(), graph, seconds, capacity);
     return runs < 0 ? fail(error, error_size, "the backend failed to compute") : runs;
 }
+
+int tt_bench_small_ops(const tt_small_ops_bench * bench, double * seconds, int capacity, char * error,
+                       size_t error_size) {
+    if (!tt::bound()) {
+        return fail(error, error_size, "the plug-in is not bound to llama.cpp");
+    }
+    const BackendPtr backend = start_backend(bench->device, bench->threads);
+    if (!backend) {
+        return fail(error, error_size, std::string("there is no device ") + bench->device);
+    }
+    tt::Device * device = api().ggml_backend_get_device(backend.get());
+    const size_t count = static_cast<size_t>(bench->count);
+    const ContextPtr compute = make_context(count + 2, count + 8);
+    tt::Graph * graph = api().ggml_new_graph_custom(compute.get(), count + 8, false);
+    tt::Tensor * input = api().ggml_new_tensor_2d(compute.get(), TYPE_F32, bench->width, 1);
+    tt::Tensor * factor = api().ggml_new_tensor_2d(compute.get(), TYPE_F32, bench->width, 1);
+    tt::Tensor * last = input;
+    for (size_t i = 0; i < count; ++i) {
+        if (i % 3 == 0) {
+            last = api().ggml_rms_norm(compute.get(), last, 1e-5f);
+        } else if (i % 3 == 1) {
+            last = api().ggml_mul(compute.get(), last, factor);
+        } else {
+            last = api().ggml_add(compute.get(), last, factor);
+        }
+    }
+    api().ggml_build_forward_expand(graph, last);
+    const BufferPtr buffer(api().ggml_backend_alloc_ctx_tensors_from_buft(
+        compute.get(), api().ggml_backend_dev_buffer_type(device)));
+    if (!buffer) {
+        return fail(error, error_size, "not enough memory on " + std::string(bench->device));
+    }
+    fill(input);
+    fill(factor);
+    const int runs = time_graph(backend.get(), graph, seconds, capacity);
+    return runs < 0 ? fail(error, error_size, "the backend failed to compute") : runs;
+}

@@ -75,3 +75,16 @@ struct tt_attention_bench {
 // As tt_bench_mul_mat.
 TT_API int tt_bench_attention(const struct tt_attention_bench * bench, double * seconds, int capacity,
                               char * error, size_t error_size);
+
+// One graph of `count` small operations on a vector of `width` values, each on the last one's result: a norm,
+// a product and a sum in turn, as between the weights of a layer.
+struct tt_small_ops_bench {
+    const char * device;
+    int32_t count;
+    int64_t width;
+    int32_t threads;
+};
+
+// As tt_bench_mul_mat.
+TT_API int tt_bench_small_ops(const struct tt_small_ops_bench * bench, double * seconds, int capacity,
+                              char * error, size_t error_size);

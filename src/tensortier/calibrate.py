@@ -4,7 +4,8 @@ Measured with the kernels, backends and file reads that a model runs on, not wit
 
 * ``Product``: a weight matrix times one column (decode) or many (prefill), by quantization type, device, threads
   and kernel (repacked or not). Operands rotate over more memory than any cache holds.
-* ``Attention``: flash attention of one token over a KV cache, by cache type.
+* ``Attention``: flash attention over a KV cache, of one token or many, by cache type.
+* ``Overhead``: what an operation costs however small it is.
 * ``DriveRead``: random reads past the page cache (O_DIRECT), by block size and requests in flight.
 
 Other work on a machine only ever adds time, so each figure is the median of the faster half of its runs, and
@@ -32,7 +33,7 @@ from tensortier.types import Hardware
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERSION = 1
+VERSION = 3
 MIB = 1 << 20
 
 # What people's files hold. ggml numbers come from the table of the reader.
@@ -79,7 +80,18 @@ class Attention:
     device: str
     type: str
     threads: int
-    bytes_per_second: float  # of keys and values read
+    batch: int  # tokens that ask at once
+    bytes_per_second: float  # of keys and values read, with four query heads to a KV head
+    spread: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Overhead:
+    """Of one operation in a graph, however small: threads meet at a barrier after each."""
+
+    device: str
+    threads: int
+    seconds: float
     spread: float
 
 
@@ -97,6 +109,7 @@ class Calibration:
     seconds: float  # that measuring took
     products: tuple[Product, ...]
     attention: tuple[Attention, ...]
+    overheads: tuple[Overhead, ...]
     drives: tuple[DriveRead, ...]
     notes: tuple[str, ...] = ()  # what could not be measured, and why
 
@@ -125,6 +138,7 @@ def load(hardware: Hardware) -> Calibration | None:
             seconds=data["seconds"],
             products=tuple(Product(**row) for row in data["products"]),
             attention=tuple(Attention(**row) for row in data["attention"]),
+            overheads=tuple(Overhead(**row) for row in data["overheads"]),
             drives=tuple(DriveRead(**row) for row in data["drives"]),
             notes=tuple(data["notes"]),
         )
@@ -171,6 +185,7 @@ def calibrate(
     cores = max(1, min(hardware.performance_cores, hardware.usable_cpus))
     products: list[Product] = []
     attention: list[Attention] = []
+    overheads: list[Overhead] = []
     notes: list[str] = []
     if others > BUSY:
         notes.append(f"other processes were using {others:.1f} cores: the figures may be far too low")
@@ -186,13 +201,16 @@ def calibrate(
 
         return job
 
-    def attention_job(device: str, name: str, threads: int) -> Callable[[], None]:
+    def attention_job(device: str, name: str, threads: int, batch: int) -> Callable[[], None]:
         def job() -> None:
-            row = _steadiest(lambda: measure_attention(device, name, threads=threads))
+            row = _steadiest(lambda: measure_attention(device, name, threads=threads, batch=batch))
             if row is not None:
                 attention.append(row)
 
         return job
+
+    def overhead_job(device: str, threads: int) -> Callable[[], None]:
+        return lambda: overheads.append(measure_overhead(device, threads=threads))
 
     for device in hardware.devices:
         if device.kind not in ("cpu", "gpu", "igpu"):
@@ -204,9 +222,17 @@ def calibrate(
                 jobs.append((f"{device.name} {name}", product_job(device.name, name, threads, 1, False)))
                 if on_cpu:
                     jobs.append((f"{device.name} {name}", product_job(device.name, name, threads, 1, True)))
-            jobs.append((f"{device.name} {name} prefill", product_job(device.name, name, cores, 128, False)))
+            for repack in (False, True) if on_cpu else (False,):
+                jobs.append(
+                    (f"{device.name} {name} prefill", product_job(device.name, name, cores, 128, repack))
+                )
         for name in KV_TYPES:
-            jobs.append((f"{device.name} attention {name}", attention_job(device.name, name, cores)))
+            for batch in (1, 128):
+                jobs.append(
+                    (f"{device.name} attention {name}", attention_job(device.name, name, cores, batch))
+                )
+        for threads in sorted({1, cores}) if on_cpu else [1]:
+            jobs.append((f"{device.name} operations", overhead_job(device.name, threads)))
 
     drives: list[DriveRead] = []
     total = len(jobs) + 1
@@ -227,6 +253,7 @@ def calibrate(
         time.perf_counter() - started,
         tuple(products),
         tuple(attention),
+        tuple(overheads),
         tuple(drives),
         tuple(notes),
     )
@@ -294,18 +321,42 @@ def measure_product(
     return Product(device, name, threads, batch, repack, k * n * count * per_element / middle, spread)
 
 
-def measure_attention(device: str, name: str, *, threads: int, cells: int = 8192) -> Attention | None:
-    """One token over caches of ``cells`` tokens with 8 KV heads of 128, four times as many query heads."""
+def measure_attention(
+    device: str, name: str, *, threads: int, cells: int = 8192, batch: int = 1
+) -> Attention | None:
+    """``batch`` tokens over caches of ``cells`` tokens with 8 KV heads of 128, four times as many query heads."""
     from tensortier._llama import microbench
 
     number, per_element = _type(name)
+    count = 4
+    if batch > 1:
+        cells, count = cells // 8, 1
     seconds = microbench.attention(
-        device, number, head_dim=128, heads=32, kv_heads=8, cells=cells, count=4, threads=threads, runs=7
+        device,
+        number,
+        head_dim=128,
+        heads=32,
+        kv_heads=8,
+        cells=cells,
+        count=count,
+        batch=batch,
+        threads=threads,
+        runs=7 if batch == 1 else 3,
     )
     if not seconds:
         return None
     middle, spread = robust(seconds)
-    return Attention(device, name, threads, 2 * cells * 8 * 128 * 4 * per_element / middle, spread)
+    return Attention(device, name, threads, batch, 2 * cells * 8 * 128 * count * per_element / middle, spread)
+
+
+def measure_overhead(device: str, *, threads: int) -> Overhead:
+    """Seconds per operation of a graph of norms, products and sums on a vector of 2048 values."""
+    from tensortier._llama import microbench
+
+    count = 300
+    seconds = microbench.small_ops(device, count=count, width=2048, threads=threads, runs=9)
+    middle, spread = robust(seconds)
+    return Overhead(device, threads, middle / count, spread)
 
 
 def measure_drive(
@@ -380,25 +431,29 @@ def render(calibration: Calibration, console: Console) -> None:
     from rich.table import Table
 
     def speed(value: float | None) -> str:
-        return "" if value is None else f"{value / 1e9:.1f}"
+        return "" if value is None else f"{value / 1e9:.3g}"
 
     found: dict[tuple[str, str, int], dict[tuple[int, bool], float]] = {}
     for p in calibration.products:
         row = found.setdefault((p.device, p.type, p.threads), {})
         row[p.batch, p.repacked] = p.bytes_per_second
     table = Table(title="Weights read while computing, GB/s", title_justify="left")
-    for name in ("device", "type", "threads", "1 token", "1 token, repacked", "128 tokens"):
+    for name in ("device", "type", "threads", "1 token", "repacked", "128 tokens", "repacked"):
         table.add_column(name, justify="left" if name in ("device", "type") else "right")
     for (device, kind, threads), row in found.items():
-        cells = (row.get((1, False)), row.get((1, True)), row.get((128, False)))
+        cells = [row.get(key) for key in ((1, False), (1, True), (128, False), (128, True))]
         table.add_row(device, kind, str(threads), *(speed(c) for c in cells))
     console.print(table)
     table = Table(title="KV cache read by attention, GB/s", title_justify="left")
-    for name in ("device", "type", "threads", "GB/s"):
+    for name in ("device", "type", "threads", "tokens", "GB/s"):
         table.add_column(name, justify="left" if name in ("device", "type") else "right")
     for a in calibration.attention:
-        table.add_row(a.device, a.type, str(a.threads), speed(a.bytes_per_second))
+        table.add_row(a.device, a.type, str(a.threads), str(a.batch), speed(a.bytes_per_second))
     console.print(table)
+    for o in calibration.overheads:
+        console.print(
+            f"{o.device}, {o.threads} threads: {o.seconds * 1e6:.1f} µs per operation", markup=False
+        )
     if calibration.drives:
         table = Table(title="Drive, random reads past the page cache, GB/s", title_justify="left")
         table.add_column("block")

@@ -50,7 +50,15 @@ def test_attention_grows_with_the_cache() -> None:
     assert at(8192) > 3 * at(512)
 
 
+def test_small_operations() -> None:
+    """Ten times as many take longer; each less than a millisecond even on a machine at work."""
+    few, many = (min(microbench.small_ops("CPU", count=n, width=2048, runs=15)) for n in (60, 600))
+    assert 3 * few < many < 600 * 1e-3
+
+
 def test_what_is_not_there() -> None:
+    with pytest.raises(LibraryError, match="no device GPU9"):
+        microbench.small_ops("GPU9", count=3, width=64)
     with pytest.raises(LibraryError, match="no device GPU9"):
         microbench.mul_mat("GPU9", F16, k=64, n=64, count=1)
     with pytest.raises(LibraryError, match="no device GPU9"):

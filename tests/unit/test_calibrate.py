@@ -28,7 +28,8 @@ def example(machine: Hardware) -> calibrate.Calibration:
         calibrate.fingerprint(machine),
         12.5,
         (calibrate.Product("CPU", "Q4_K", 2, 1, True, 3e10, 0.02),),
-        (calibrate.Attention("CPU", "F16", 2, 2e10, 0.01),),
+        (calibrate.Attention("CPU", "F16", 2, 1, 2e10, 0.01),),
+        (calibrate.Overhead("CPU", 2, 2e-6, 0.1),),
         (calibrate.DriveRead("/", 1 << 20, 4, 1.5e9),),
         ("a note",),
     )
@@ -79,6 +80,12 @@ def test_attention() -> None:
     row = calibrate.measure_attention("CPU", "F16", threads=1, cells=1024)
     assert row is not None
     assert 1e6 < row.bytes_per_second < 2e12
+
+
+def test_overhead() -> None:
+    """Between a tenth of a microsecond and, on a busy machine, some tens of milliseconds."""
+    row = calibrate.measure_overhead("CPU", threads=1)
+    assert 1e-7 < row.seconds < 0.05
 
 
 def test_drive(tmp_path: Path) -> None:

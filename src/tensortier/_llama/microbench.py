@@ -43,6 +43,22 @@ class _Attention(ctypes.Structure):
     )
 
 
+class _SmallOps(ctypes.Structure):
+    """``tt_small_ops_bench`` of native/tensortier.h"""
+
+    _fields_ = (
+        ("device", ctypes.c_char_p),
+        ("count", ctypes.c_int32),
+        ("width", ctypes.c_int64),
+        ("threads", ctypes.c_int32),
+    )
+
+
+def small_ops(device: str, *, count: int, width: int, threads: int = 1, runs: int = 5) -> list[float]:
+    """Seconds of each run of ``count`` norms, products and sums in turn on a vector. Otherwise as ``mul_mat``."""
+    return _run(native().tt_bench_small_ops, _SmallOps(device.encode(), count, width, threads), runs)
+
+
 def mul_mat(
     device: str,
     type_id: int,
