@@ -2,13 +2,14 @@
 
 A module built from exactly the source of the installed ``llama-cpp-python`` loads into its unmodified CPU
 build with ``ggml_backend_load``, so nobody has to rebuild the bindings for a GPU. Results are kept in
-``<cache>/backends/<version of llama-cpp-python>/``: ``libggml-<name>.so``, for RPC the ``rpc-server`` program
-beside it, a small JSON file that says how each was built, and the log of the last build. Importing this
-module loads no native library.
+``<cache>/backends/<version of llama-cpp-python>-<installation>/``: ``libggml-<name>.so``, for RPC the
+``rpc-server`` program beside it, a small JSON file that says how each was built, and the log of the last build.
+Importing this module loads no native library.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -28,12 +29,12 @@ from pathlib import Path
 from typing import IO, Literal, get_args
 
 from tensortier import cuda_toolkit, paths
+from tensortier.bindings import BINDINGS, bindings_version, library_dir
 from tensortier.errors import BackendError
 
 BackendName = Literal["rpc", "vulkan", "cuda"]
 NAMES: tuple[BackendName, ...] = get_args(BackendName)
 
-_BINDINGS = "llama-cpp-python"
 _PREFIX = "" if sys.platform == "win32" else "lib"
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _EXE = ".exe" if sys.platform == "win32" else ""
@@ -72,35 +73,22 @@ class BackendModule:
     size: int
     version: str  # of llama-cpp-python, from whose source it was built
     state: str
-
-
-def bindings_version() -> str:
-    """Version of the installed bindings. Raises BackendError when there are none."""
-    try:
-        return importlib.metadata.version(_BINDINGS)
-    except importlib.metadata.PackageNotFoundError as exc:
-        raise BackendError(f"{_BINDINGS} is not installed: run `pip install {_BINDINGS}`") from exc
-
-
-def library_dir() -> Path:
-    """Folder of the shared libraries that the installed bindings load. Found without importing them."""
-    spec = importlib.util.find_spec("llama_cpp")
-    for location in (spec.submodule_search_locations or ()) if spec else ():
-        if (folder := Path(location) / "lib").is_dir():
-            return folder
-    raise BackendError(f"{_BINDINGS} has no folder of libraries: reinstall it with `pip install {_BINDINGS}`")
+    here: bool  # built for the installation of the bindings that runs
 
 
 def installed() -> list[BackendModule]:
-    """Every module in the cache, those of other versions of the bindings included."""
-    current = bindings_version()
+    """Every module in the cache, those for other installations of the bindings included."""
+    current = _folder(bindings_version())
     found = []
     for record in sorted((paths.cache_dir() / "backends").glob("*/*.json")):
-        name, version = record.stem, record.parent.name
+        name, version = record.stem, record.parent.name.rpartition("-")[0]
         module = record.parent / _module_file(name)
         if name in NAMES and module.is_file():
-            state = _state(record) if version == current else f"for {_BINDINGS} {version}, not {current}"
-            found.append(BackendModule(name, module, module.stat().st_size, version, state))
+            other = f"for another installation, of {BINDINGS} {version}"
+            state = _state(record) if record.parent == current else other
+            found.append(
+                BackendModule(name, module, module.stat().st_size, version, state, record.parent == current)
+            )
     return found
 
 
@@ -165,7 +153,10 @@ def _module_file(name: str) -> str:
 
 
 def _folder(version: str) -> Path:
-    return paths.cache_dir() / "backends" / version
+    """Of one installation of the bindings. Two of the same version may be compiled differently, and the programs
+    built here run on the libraries of theirs."""
+    installation = hashlib.sha256(os.fsencode(library_dir().resolve())).hexdigest()[:8]
+    return paths.cache_dir() / "backends" / f"{version}-{installation}"
 
 
 def _state(record: Path) -> str:
@@ -208,7 +199,7 @@ def _build(
             if name == "vulkan":
                 _check_vulkan(work)
             cuda = cuda_toolkit.find() if name == "cuda" else None
-            say(f"getting the source of {_BINDINGS} {version}")
+            say(f"getting the source of {BINDINGS} {version}")
             archive = source or _download(version, folder, log, log_path)
             _unpack(archive, version, work)
             if name == "vulkan":
@@ -279,7 +270,7 @@ def _ggml_library(libs: Path, name: str) -> Path:
     for candidate in candidates:
         if (libs / candidate).exists():
             return libs / candidate
-    raise BackendError(f"{libs} has no {name} library: reinstall {_BINDINGS}")
+    raise BackendError(f"{libs} has no {name} library: reinstall {BINDINGS}")
 
 
 def _default_jobs(name: str) -> int:
@@ -413,7 +404,7 @@ def _download(version: str, folder: Path, log: IO[str], log_path: Path) -> Path:
     partial = folder / ".source"
     shutil.rmtree(partial, ignore_errors=True)
     argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
-    argv += ["--disable-pip-version-check", "--dest", str(partial), f"{_BINDINGS}=={version}"]
+    argv += ["--disable-pip-version-check", "--dest", str(partial), f"{BINDINGS}=={version}"]
     try:
         _run(argv, log, log_path, os.environ)
         shutil.rmtree(kept, ignore_errors=True)
@@ -426,7 +417,7 @@ def _download(version: str, folder: Path, log: IO[str], log_path: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
     if found := sorted(kept.glob("llama_cpp_python-*.tar.gz")):
         return found[0]
-    raise BackendError(f"pip downloaded no source distribution of {_BINDINGS} {version}: see {log_path}")
+    raise BackendError(f"pip downloaded no source distribution of {BINDINGS} {version}: see {log_path}")
 
 
 def _unpack(source: Path, version: str, work: Path) -> None:
@@ -451,11 +442,11 @@ def _unpack(source: Path, version: str, work: Path) -> None:
                         archive.extract(item, work, filter="data")
     except (OSError, EOFError, tarfile.TarError, UnicodeDecodeError) as exc:
         shutil.rmtree(work / "ggml", ignore_errors=True)
-        raise BackendError(f"{source} is not the source distribution of {_BINDINGS}: {exc}") from exc
+        raise BackendError(f"{source} is not the source distribution of {BINDINGS}: {exc}") from exc
     found = re.search(r"^Version: (.+)$", information, re.MULTILINE)
     if found is None or found[1].strip() != version:
         what = found[1].strip() if found else "no known version"
-        raise BackendError(f"{source} is {_BINDINGS} {what}, but {version} is installed: they must be equal")
+        raise BackendError(f"{source} is {BINDINGS} {what}, but {version} is installed: they must be equal")
     if not (work / "ggml" / "CMakeLists.txt").is_file() or not (work / "rpc-server.cpp").is_file():
         raise BackendError(f"{source} lacks {inner}ggml: take the source distribution, not a wheel")
     (work / "CMakeLists.txt").write_text(_CMAKE_LISTS)

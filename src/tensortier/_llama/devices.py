@@ -58,7 +58,7 @@ def load_modules(rpc: Sequence[str] = ()) -> list[str]:
     """
     warnings = []
     for module in backends.installed():
-        if module.name in _loaded or module.name == "rpc":
+        if module.name in _loaded or module.name == "rpc" or not module.here:
             continue
         if module.state != "ready":
             warnings.append(f"the {module.name} backend is not used: {module.state}")
