@@ -109,11 +109,12 @@ int fail(char * error, size_t error_size, const std::string & text) {
 }
 
 // Runs a graph once to warm up and then `capacity` times.
-int time_graph(tt::Backend * backend, tt::Graph * graph, double * seconds, int capacity) {
+int time_graph(tt::Backend * backend, tt::Graph * graph, double * seconds, int capacity, char * error,
+               size_t error_size) {
     for (int run = -1; run < capacity; ++run) {
         const auto start = std::chrono::steady_clock::now();
         if (api().ggml_backend_graph_compute(backend, graph) != 0) {
-            return -1;
+            return fail(error, error_size, "the backend failed to compute");
         }
         api().ggml_backend_synchronize(backend);
         if (run >= 0) {
@@ -123,9 +124,15 @@ int time_graph(tt::Backend * backend, tt::Graph * graph, double * seconds, int c
     return capacity;
 }
 
-BackendPtr start_backend(const char * name, int threads) {
+// A backend on the named device; null, with the reason in `error`, where there is none.
+BackendPtr start_backend(const char * name, int threads, char * error, size_t error_size) {
+    if (!tt::bound()) {
+        fail(error, error_size, "the plug-in is not bound to llama.cpp");
+        return nullptr;
+    }
     tt::Device * device = api().ggml_backend_dev_by_name(name);
     if (!device) {
+        fail(error, error_size, std::string("there is no device ") + name);
         return nullptr;
     }
     BackendPtr backend(api().ggml_backend_dev_init(device, nullptr));
@@ -134,7 +141,9 @@ BackendPtr start_backend(const char * name, int threads) {
                                                             "ggml_backend_set_n_threads");
     SetThreads set_threads = nullptr;
     std::memcpy(&set_threads, &symbol, sizeof(symbol));
-    if (backend && set_threads) {
+    if (!backend) {
+        fail(error, error_size, std::string("the device does not start: ") + name);
+    } else if (set_threads) {
         set_threads(backend.get(), threads);
     }
     return backend;
@@ -144,12 +153,9 @@ BackendPtr start_backend(const char * name, int threads) {
 
 int tt_bench_mul_mat(const tt_mul_mat_bench * bench, double * seconds, int capacity, char * error,
                      size_t error_size) {
-    if (!tt::bound()) {
-        return fail(error, error_size, "the plug-in is not bound to llama.cpp");
-    }
-    const BackendPtr backend = start_backend(bench->device, bench->threads);
+    const BackendPtr backend = start_backend(bench->device, bench->threads, error, error_size);
     if (!backend) {
-        return fail(error, error_size, std::string("there is no device ") + bench->device);
+        return -1;
     }
     tt::Device * device = api().ggml_backend_get_device(backend.get());
     const size_t count = static_cast<size_t>(bench->count);
@@ -209,18 +215,14 @@ int tt_bench_mul_mat(const tt_mul_mat_bench * bench, double * seconds, int capac
         }
         api().ggml_backend_tensor_set(ids, chosen.data(), 0, chosen.size() * sizeof(int32_t));
     }
-    const int runs = time_graph(backend.get(), graph, seconds, capacity);
-    return runs < 0 ? fail(error, error_size, "the backend failed to compute") : runs;
+    return time_graph(backend.get(), graph, seconds, capacity, error, error_size);
 }
 
 int tt_bench_attention(const tt_attention_bench * bench, double * seconds, int capacity, char * error,
                        size_t error_size) {
-    if (!tt::bound()) {
-        return fail(error, error_size, "the plug-in is not bound to llama.cpp");
-    }
-    const BackendPtr backend = start_backend(bench->device, bench->threads);
+    const BackendPtr backend = start_backend(bench->device, bench->threads, error, error_size);
     if (!backend) {
-        return fail(error, error_size, std::string("there is no device ") + bench->device);
+        return -1;
     }
     tt::Device * device = api().ggml_backend_get_device(backend.get());
     const size_t count = static_cast<size_t>(bench->count);
@@ -259,18 +261,14 @@ int tt_bench_attention(const tt_attention_bench * bench, double * seconds, int c
     const std::vector<uint16_t> open(static_cast<size_t>(bench->cells * bench->batch),
                                      0); // 0: nothing masked
     api().ggml_backend_tensor_set(mask, open.data(), 0, open.size() * sizeof(uint16_t));
-    const int runs = time_graph(backend.get(), graph, seconds, capacity);
-    return runs < 0 ? fail(error, error_size, "the backend failed to compute") : runs;
+    return time_graph(backend.get(), graph, seconds, capacity, error, error_size);
 }
 
 int tt_bench_small_ops(const tt_small_ops_bench * bench, double * seconds, int capacity, char * error,
                        size_t error_size) {
-    if (!tt::bound()) {
-        return fail(error, error_size, "the plug-in is not bound to llama.cpp");
-    }
-    const BackendPtr backend = start_backend(bench->device, bench->threads);
+    const BackendPtr backend = start_backend(bench->device, bench->threads, error, error_size);
     if (!backend) {
-        return fail(error, error_size, std::string("there is no device ") + bench->device);
+        return -1;
     }
     tt::Device * device = api().ggml_backend_get_device(backend.get());
     const size_t count = static_cast<size_t>(bench->count);
@@ -296,6 +294,5 @@ int tt_bench_small_ops(const tt_small_ops_bench * bench, double * seconds, int c
     }
     fill(input);
     fill(factor);
-    const int runs = time_graph(backend.get(), graph, seconds, capacity);
-    return runs < 0 ? fail(error, error_size, "the backend failed to compute") : runs;
+    return time_graph(backend.get(), graph, seconds, capacity, error, error_size);
 }
