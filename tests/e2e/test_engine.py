@@ -119,6 +119,14 @@ def test_stop_and_grammar(engine: Engine) -> None:
         list(engine.complete("x", Sampling(grammar="root ::= (((")))
 
 
+def test_a_bad_grammar_from_anywhere_does_not_end_the_process(engine: Engine) -> None:
+    """The bindings make grammars of tools and schemas by themselves and hand on what llama.cpp refused."""
+    grammar = llama_cpp.LlamaGrammar.from_string("root ::= (((", verbose=False)
+    with pytest.raises(ValueError, match="expecting"):
+        list(engine._llama.create_completion("x", grammar=grammar, stream=True))
+    assert list(engine.complete("Hello", Sampling(max_tokens=1)))
+
+
 def test_cancel_in_a_long_prompt_and_go_on(smollm2_path: Path) -> None:
     settings = Settings(n_ctx=8192, n_batch=4096, n_ubatch=4096, threads=2)
     with Engine(Plan(model=str(smollm2_path), settings=settings)) as engine:

@@ -79,6 +79,14 @@ class MeteredLlama(Llama):  # type: ignore[misc]  # the bindings are untyped
         meter.ended_by_token = _initialised().llama_vocab_is_eog(self._model.vocab, token)
         return token
 
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        grammar = kwargs.get("grammar")
+        if (
+            grammar is not None
+        ):  # whoever made it: the bindings turn tools and schemas into grammars of their own
+            self.check_grammar(grammar._grammar)
+        return super()._init_sampler(*args, **kwargs)
+
     def check_grammar(self, grammar: str) -> None:
         """ValueError with llama.cpp's reason for a text that is not GBNF. Asked first, because the bindings
         pass on the null sampler that llama.cpp makes of a bad grammar, and the process dies of it."""
