@@ -108,6 +108,15 @@ int fail(char * error, size_t error_size, const std::string & text) {
     return -1;
 }
 
+// Memory for all tensors of a context; null, with the reason in `error`, where there is too little.
+BufferPtr allocate(const ContextPtr & context, tt::BufferType * buft, char * error, size_t error_size) {
+    BufferPtr buffer(api().ggml_backend_alloc_ctx_tensors_from_buft(context.get(), buft));
+    if (!buffer) {
+        fail(error, error_size, std::string("not enough memory on ") + api().ggml_backend_buft_name(buft));
+    }
+    return buffer;
+}
+
 // Runs a graph once to warm up and then `capacity` times.
 int time_graph(tt::Backend * backend, tt::Graph * graph, double * seconds, int capacity, char * error,
                size_t error_size) {
@@ -188,11 +197,11 @@ int tt_bench_mul_mat(const tt_mul_mat_bench * bench, double * seconds, int capac
     } else if (!api().ggml_backend_dev_supports_op(device, product)) {
         return 0;
     }
-    const BufferPtr weight_buffer(api().ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), buft));
-    const BufferPtr compute_buffer(api().ggml_backend_alloc_ctx_tensors_from_buft(
-        compute.get(), api().ggml_backend_dev_buffer_type(device)));
+    const BufferPtr weight_buffer = allocate(weights, buft, error, error_size);
+    const BufferPtr compute_buffer =
+        allocate(compute, api().ggml_backend_dev_buffer_type(device), error, error_size);
     if (!weight_buffer || !compute_buffer) {
-        return fail(error, error_size, "not enough memory on " + std::string(bench->device));
+        return -1;
     }
     // weights count as such for the backends that treat them apart
     api().ggml_backend_buffer_set_usage(weight_buffer.get(), 1);
@@ -247,10 +256,9 @@ int tt_bench_attention(const tt_attention_bench * bench, double * seconds, int c
     if (!api().ggml_backend_dev_supports_op(device, product)) {
         return 0;
     }
-    const BufferPtr buffer(api().ggml_backend_alloc_ctx_tensors_from_buft(
-        compute.get(), api().ggml_backend_dev_buffer_type(device)));
+    const BufferPtr buffer = allocate(compute, api().ggml_backend_dev_buffer_type(device), error, error_size);
     if (!buffer) {
-        return fail(error, error_size, "not enough memory on " + std::string(bench->device));
+        return -1;
     }
     for (tt::Tensor * cache : caches) {
         if (!fill(cache)) {
@@ -287,10 +295,9 @@ int tt_bench_small_ops(const tt_small_ops_bench * bench, double * seconds, int c
         }
     }
     api().ggml_build_forward_expand(graph, last);
-    const BufferPtr buffer(api().ggml_backend_alloc_ctx_tensors_from_buft(
-        compute.get(), api().ggml_backend_dev_buffer_type(device)));
+    const BufferPtr buffer = allocate(compute, api().ggml_backend_dev_buffer_type(device), error, error_size);
     if (!buffer) {
-        return fail(error, error_size, "not enough memory on " + std::string(bench->device));
+        return -1;
     }
     fill(input);
     fill(factor);

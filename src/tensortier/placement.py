@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tensortier.errors import PatternError, UsageError
 from tensortier.patterns import compile_pattern
-from tensortier.types import Device, Hardware, ModelInfo, Override, Placement, Role, Tensor
+from tensortier.types import Device, Hardware, ModelInfo, Override, Placement, Plan, Role, Tensor
 
 # The patterns behind llama.cpp's --cpu-moe, --n-cpu-moe and --n-cpu-ffn (common/common.h).
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
@@ -25,6 +25,16 @@ def threads_for(asked: int) -> int:
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def load_mode(plan: Plan) -> str:
+    """The plan's, or what "auto" means. Map the file where all of it stays in RAM: that starts at once and other
+    processes share the pages. Read it where some goes to another device, because host buffers can then be pinned
+    and no page of the file stays behind for what was copied away."""
+    mode = plan.settings.load_mode
+    if mode != "auto":
+        return mode
+    return "none" if plan.placement.devices and plan.placement.n_gpu_layers != 0 else "mmap"
 
 
 def gpus(hardware: Hardware) -> tuple[Device, ...]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from tensortier import memory, placement
+from tensortier.overrides import compact
 from tensortier.types import DeviceMemory, Hardware, ModelInfo, Override, Placement, Plan, Settings, Tensor
 
 GIB = 1 << 30
@@ -127,7 +128,7 @@ def _spill(
                 over -= tensor.nbytes
             if over > 0:
                 return None
-        overrides = compact(moved)
+        overrides = to_cpu(moved)
         plan = dataclasses.replace(plan, placement=dataclasses.replace(plan.placement, overrides=overrides))
     return plan, rows, sum(t.nbytes for t in moved)
 
@@ -136,7 +137,7 @@ def _whole_layers(
     answers: memory.Answers, plan: Plan, model: ModelInfo, room: Mapping[str, int]
 ) -> tuple[Plan, tuple[DeviceMemory, ...]]:
     """The most layers that fit while all feed-forward weights stay on the CPU, found by bisection."""
-    spill_all = compact([t for t in model.tensors if t.role.is_routed_expert or t.role.is_dense_ffn])
+    spill_all = to_cpu([t for t in model.tensors if t.role.is_routed_expert or t.role.is_dense_ffn])
 
     def at(n: int) -> Plan:
         place = dataclasses.replace(plan.placement, n_gpu_layers=n, overrides=spill_all) if n else Placement()
@@ -152,19 +153,9 @@ def _whole_layers(
     return at(low), answers.ask(at(low))
 
 
-def compact(tensors: Sequence[Tensor]) -> tuple[Override, ...]:
-    """Anchored overrides that send exactly these block tensors to the CPU: one for each kind of tensor."""
-    layers: dict[tuple[str, str], set[int]] = {}
-    for tensor in tensors:
-        assert tensor.layer is not None
-        prefix, suffix = tensor.name.split(f".{tensor.layer}.", 1)  # "blk", or "enc.blk" and "dec.blk"
-        layers.setdefault((prefix, suffix), set()).add(tensor.layer)
-    return tuple(
-        Override(
-            "^" + rf"{prefix}.({'|'.join(map(str, sorted(numbers)))}).{suffix}$".replace(".", r"\."), "CPU"
-        )
-        for (prefix, suffix), numbers in sorted(layers.items())
-    )
+def to_cpu(tensors: Sequence[Tensor]) -> tuple[Override, ...]:
+    """Anchored overrides that send exactly these tensors to the CPU."""
+    return compact({"CPU": [t.name for t in tensors]})
 
 
 def _beyond_training(model: ModelInfo, settings: Settings) -> list[str]:
@@ -186,16 +177,6 @@ def _with_threads(settings: Settings, hardware: Hardware) -> Settings:
     )
 
 
-def _with_load_mode(settings: Settings, place: Placement, ram: int, ram_available: int) -> Settings:
-    """What "auto" means. Map the file where all of it stays in RAM: that starts at once and other processes
-    share the pages. Read it where some goes to another device, because host buffers can then be pinned and no page
-    of the file stays behind for what was copied away; but not more of it than there is room for."""
-    if settings.load_mode != "auto":
-        return settings
-    reads = place.devices and place.n_gpu_layers != 0 and ram <= ram_available
-    return dataclasses.replace(settings, load_mode="none" if reads else "mmap")
-
-
 def _finish(
     plan: Plan,
     hardware: Hardware,
@@ -204,7 +185,10 @@ def _finish(
     model: ModelInfo,
 ) -> Plan:
     ram = sum(row.total_bytes for row in rows if row.device == "CPU")
-    settings = _with_load_mode(plan.settings, plan.placement, ram, hardware.ram_available)
+    mode = placement.load_mode(plan)
+    if plan.settings.load_mode == "auto" and ram > hardware.ram_available:
+        mode = "mmap"  # what does not fit in RAM cannot be read into it
+    settings = dataclasses.replace(plan.settings, load_mode=mode)
     warnings = (*_beyond_training(model, plan.settings), *_shortages(hardware, rows))
     return dataclasses.replace(
         plan, settings=settings, memory=rows, reasons=tuple(reasons), warnings=warnings

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tensortier import export, gguf, placement
+from tensortier import overrides as patterns
 from tensortier.errors import PlanError, UsageError
-from tensortier.export import common, patterns
 from tensortier.types import Export, ModelInfo, Override, Placement, Plan, Role, Settings
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "export"
@@ -327,11 +327,11 @@ def test_settings_reach_llama_server(models: dict[str, ModelInfo]) -> None:
 @pytest.mark.parametrize("devices", [(), ("CUDA0",)])
 @pytest.mark.parametrize("layers", [-1, 0, 3])
 @pytest.mark.parametrize("mode", ["auto", "mmap", "none", "mlock", "mmap+mlock", "direct"])
-def test_load_mode_means_what_the_engine_means(devices: tuple[str, ...], layers: int, mode: str) -> None:
-    from tensortier._llama.params import load_mode
-
+def test_load_modes(devices: tuple[str, ...], layers: int, mode: str) -> None:
+    """What a plan says is kept; "auto" reads the file where layers are offloaded and maps it elsewhere."""
     plan = Plan("m.gguf", Placement(devices, layers), Settings(load_mode=mode))
-    assert common.load_mode(plan) == load_mode(plan)
+    expected = {((), -1): "mmap", ((), 0): "mmap", ((), 3): "mmap", (("CUDA0",), 0): "mmap"}
+    assert placement.load_mode(plan) == (expected.get((devices, layers), "none") if mode == "auto" else mode)
 
 
 def test_remote_devices_without_their_server(models: dict[str, ModelInfo]) -> None:

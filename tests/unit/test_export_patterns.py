@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensortier import overrides as patterns
 from tensortier.errors import UsageError
-from tensortier.export import patterns, quoting
+from tensortier.export import quoting
 from tensortier.types import Override
 
 TAILS = st.sampled_from(

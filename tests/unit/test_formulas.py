@@ -73,7 +73,7 @@ def test_placements(name: str, skeleton: Callable[[str], Path], probe: memory.Pr
     settings = Settings(n_ctx=16384, flash_attention="on", repack=False)
     for place in (
         Placement(("RPC0",), -1),
-        Placement(("RPC0",), -1, overrides=planner.compact(odd)),
+        Placement(("RPC0",), -1, overrides=planner.to_cpu(odd)),
         Placement(("RPC0",), 20),
         Placement(("RPC0",), 20, kv_on_device=False),
     ):

@@ -185,7 +185,7 @@ def test_compact_overrides_hit_exactly_what_they_name(moe: ModelInfo) -> None:
     blocks = [t for t in moe.tensors if t.layer is not None]
     for size in (1, 2, 40, len(blocks)):
         chosen = rng.sample(blocks, size)
-        place = Placement(("CUDA0",), -1, overrides=planner.compact(chosen))
+        place = Placement(("CUDA0",), -1, overrides=planner.to_cpu(chosen))
         where = placement.resolve(moe, place, {})
         got = {name for name, device in where.items() if device == "CPU"}
         assert got - {"token_embd.weight"} == {t.name for t in chosen}
@@ -272,7 +272,7 @@ def test_compact_overrides_of_an_encoder_and_decoder(smollm2: ModelInfo) -> None
         for i in (0, 1)
     ]
     model = dataclasses.replace(smollm2, tensors=(source, *tensors))
-    place = Placement(("CUDA0",), -1, overrides=planner.compact(tensors[:3]))
+    place = Placement(("CUDA0",), -1, overrides=planner.to_cpu(tensors[:3]))
     where = placement.resolve(model, place, {})
     assert [name for name, device in where.items() if device == "CPU"] == [t.name for t in tensors[:3]]
 

@@ -11,7 +11,7 @@ from typing import Any
 from tensortier._llama import devices
 from tensortier._llama.libs import llama, native
 from tensortier.errors import PatternError, PlanError
-from tensortier.placement import threads_for
+from tensortier.placement import load_mode, threads_for
 from tensortier.types import Plan, Settings
 
 # ggml's numbers of the types a KV cache may have; they are part of the GGUF format.
@@ -35,14 +35,6 @@ class _BufferTypeOverride(ctypes.Structure):
     """``llama_model_tensor_buft_override``"""
 
     _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
-
-
-def load_mode(plan: Plan) -> str:
-    """The plan's; for "auto", which a planner leaves in no plan, reading where something is offloaded."""
-    mode = plan.settings.load_mode
-    if mode != "auto":
-        return mode
-    return "none" if plan.placement.devices and plan.placement.n_gpu_layers != 0 else "mmap"
 
 
 # A hand-written plan may hold anything: (field, least, most). The most are llama.cpp's own where it has one.

@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 
 from tensortier import placement
 from tensortier.errors import PlanError
-from tensortier.export import patterns
+from tensortier.overrides import compact
 from tensortier.patterns import compile_pattern
 from tensortier.types import ModelInfo, Override, Plan, Tensor
 
@@ -25,14 +25,6 @@ def model_file(model: ModelInfo) -> tuple[str, list[str]]:
         return model.path, []
     name = urlparse(model.path).path.rpartition("/")[2]
     return name, [f"The model is remote: download {model.path} first."]
-
-
-def load_mode(plan: Plan) -> str:
-    """ "mmap", "none", "mlock", "mmap+mlock" or "direct": what "auto" means is decided as the engine does."""
-    mode = plan.settings.load_mode
-    if mode != "auto":
-        return mode
-    return "none" if plan.placement.devices and plan.placement.n_gpu_layers != 0 else "mmap"
 
 
 def context(plan: Plan, model: ModelInfo) -> int:
@@ -110,7 +102,7 @@ def overrides(plan: Plan, model: ModelInfo, rename: Callable[[str], str]) -> tup
     names: dict[str, list[str]] = {}
     for device, tensors in overridden(plan, model).items():
         names.setdefault(rename(device), []).extend(t.name for t in tensors)
-    found = patterns.compact(names, (t.name for t in model.tensors))
+    found = compact(names, (t.name for t in model.tensors))
     if len(found) >= MAX_OVERRIDES:
         raise PlanError(
             f"the plan needs {len(found)} tensor overrides; llama.cpp takes fewer than {MAX_OVERRIDES}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tensortier.export import common
+from tensortier.placement import load_mode
 from tensortier.types import Export, ModelInfo, Plan
 
 
@@ -38,7 +39,7 @@ def export(plan: Plan, model: ModelInfo) -> Export:
         argv += ["-t", str(settings.threads)]
     if tb := common.threads_batch(plan):
         argv += ["-tb", str(tb)]
-    mode = common.load_mode(plan)
+    mode = load_mode(plan)
     if "mmap" not in mode:
         argv.append("--no-mmap")
     if "mlock" in mode:

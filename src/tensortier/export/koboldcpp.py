@@ -8,6 +8,7 @@ from typing import Any
 
 from tensortier.errors import PlanError
 from tensortier.export import common
+from tensortier.placement import load_mode
 from tensortier.types import Export, ModelInfo, Plan
 
 _BATCHES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -123,7 +124,7 @@ def _settings(plan: Plan, model: ModelInfo, config: dict[str, Any]) -> list[str]
         config["quantkv"] = _QUANTKV[kind]
         if not flash:
             lost.append("Without flash attention koboldcpp quantizes K only.")
-    mode = common.load_mode(plan)
+    mode = load_mode(plan)
     config["usemmap"] = "mmap" in mode
     config["usemlock"] = "mlock" in mode
     if mode == "direct":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tensortier.errors import PlanError
 from tensortier.export import common
+from tensortier.placement import load_mode
 from tensortier.types import Export, ModelInfo, Plan
 
 # Our names of the load modes -> those of --load-mode
@@ -102,7 +103,7 @@ def _layers(plan: Plan) -> int:
 
 
 def _load_mode(plan: Plan) -> str:
-    mode = common.load_mode(plan)
+    mode = load_mode(plan)
     if mode not in _LOAD_MODES:
         raise PlanError(f"unknown load mode {mode!r}; one of: auto, {', '.join(_LOAD_MODES)}")
     return _LOAD_MODES[mode]

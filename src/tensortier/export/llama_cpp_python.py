@@ -10,6 +10,7 @@ import json
 
 from tensortier.errors import PlanError
 from tensortier.export import common
+from tensortier.placement import load_mode
 from tensortier.types import Export, ModelInfo, Plan
 
 _FILE = "tensortier_plan.py"
@@ -138,7 +139,7 @@ def export(plan: Plan, model: ModelInfo) -> Export:
         (settings.type_k, _KV_TYPES, "KV cache type"),
         (settings.type_v, _KV_TYPES, "KV cache type"),
         (settings.flash_attention, _FLASH_ATTENTION, "flash attention setting"),
-        (common.load_mode(plan), _LOAD_MODES, "load mode"),
+        (load_mode(plan), _LOAD_MODES, "load mode"),
     ):
         if kind not in table:
             raise PlanError(f"unknown {what} {kind!r}; one of: {', '.join(table)}")
@@ -171,7 +172,7 @@ def export(plan: Plan, model: ModelInfo) -> Export:
         "OVERRIDES = [  # (pattern, device): the first that finds a tensor's name decides",
         *(f"    (r{_raw(o.pattern)}, {_python(o.device)})," for o in found),
         "]",
-        f"LOAD_MODE = low.{_LOAD_MODES[common.load_mode(plan)]}",
+        f"LOAD_MODE = low.{_LOAD_MODES[load_mode(plan)]}",
         f"REPACK = {settings.repack}",
         f"FLASH_ATTENTION = {_FLASH_ATTENTION[settings.flash_attention]}  # {settings.flash_attention}",
         f"SEQUENCES = {settings.n_seq_max}",

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from tensortier.export import common
+from tensortier.placement import load_mode
 from tensortier.types import Export, ModelInfo, Plan
 
 _KV_TYPES = ("f32", "f16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
@@ -26,8 +27,8 @@ def export(plan: Plan, model: ModelInfo) -> Export:
         "evalBatchSize": settings.n_batch,
         "flashAttention": settings.flash_attention != "off",
         "offloadKVCacheToGpu": place.kv_on_device,
-        "tryMmap": "mmap" in common.load_mode(plan),
-        "keepModelInMemory": "mlock" in common.load_mode(plan),
+        "tryMmap": "mmap" in load_mode(plan),
+        "keepModelInMemory": "mlock" in load_mode(plan),
     }
     for key, kind in (
         ("llamaKCacheQuantizationType", settings.type_k),
@@ -45,7 +46,7 @@ def export(plan: Plan, model: ModelInfo) -> Export:
         lost.append(f"The {common.threads_batch(plan)} threads for prompts are left out.")
     if settings.n_ubatch != 512:
         lost.append(f"A micro-batch of {settings.n_ubatch} is not exported.")
-    if common.load_mode(plan) == "direct":
+    if load_mode(plan) == "direct":
         lost.append("LM Studio cannot bypass the page cache.")
     if settings.n_seq_max > 1:
         lost.append(f"{settings.n_seq_max} parallel sequences are not exported.")

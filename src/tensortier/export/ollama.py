@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from tensortier.export import common
+from tensortier.placement import load_mode
 from tensortier.types import Export, ModelInfo, Plan
 
 _KV_TYPES = ("f16", "q8_0", "q4_0")
@@ -39,7 +40,7 @@ def export(plan: Plan, model: ModelInfo) -> Export:
         lost.append(
             f"Ollama has one number of threads: the {common.threads_batch(plan)} for prompts are left out."
         )
-    mode = common.load_mode(plan)
+    mode = load_mode(plan)
     lines.append(f"PARAMETER use_mmap {'true' if 'mmap' in mode else 'false'}")
     if "mlock" in mode:
         lost.append("Ollama does not lock the model in RAM.")
