@@ -43,6 +43,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             raise PlanError(f"{where}: expected a list, got {value!r:.60}")
         item = typing.get_args(kind)[0]
         return tuple(_decode(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise PlanError(f"{where}: expected an object, got {value!r:.60}")
+        item = typing.get_args(kind)[1]
+        return {str(k): _decode(item, v, f"{where}.{k}") for k, v in value.items()}
     if origin in (typing.Union, python_types.UnionType):
         options = typing.get_args(kind)
         if value is None and type(None) in options:

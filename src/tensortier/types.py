@@ -215,6 +215,49 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True)
+class Workload:
+    """What the model is asked to do, in tokens. The default is ``chat``."""
+
+    name: str = "chat"
+    prompt: int = 256  # computed per request
+    output: int = 300  # generated per request
+    depth: int = 2048  # already in the context when the request begins
+
+    @property
+    def context(self) -> int:
+        """Cells of context it needs."""
+        return self.depth + self.prompt + self.output
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted speed of a plan for a workload. Intervals are (low, high)."""
+
+    prefill_tokens_per_second: float
+    prefill_interval: tuple[float, float]
+    decode_tokens_per_second: float  # at the middle of the output
+    decode_interval: tuple[float, float]
+    seconds: float  # that one request takes, prompt and output
+    prefill_seconds: Mapping[str, float]  # of the whole prompt, by what it is spent on
+    decode_seconds: Mapping[str, float]  # of one token, by what it is spent on: "weights on CPU", "splits", ...
+    provenance: Mapping[str, str]  # device -> "measured", "catalogue"
+    notes: tuple[str, ...] = ()  # one sentence for each thing that was assumed
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A placement that was compared with the chosen one."""
+
+    name: str  # "optimal", "everything on the GPU", "llama.cpp --fit", "whole layers", ...
+    fits: bool
+    placement: Placement
+    settings: Settings
+    memory: tuple[DeviceMemory, ...] = ()
+    estimate: Estimate | None = None
+    note: str = ""  # why it lost or does not fit
+
+
+@dataclass(frozen=True)
 class Plan:
     """The one artefact that the engine consumes."""
 
@@ -225,6 +268,11 @@ class Plan:
     rpc: tuple[str, ...] = ()  # host:port of remote servers that must be registered first
     reasons: tuple[str, ...] = ()  # one sentence each: why it is so
     warnings: tuple[str, ...] = ()
+    model_id: str = ""  # fingerprint of the model's tensors; empty: any
+    machine_id: str = ""  # fingerprint of the machine's devices and memory; empty: any
+    workload: Workload | None = None
+    estimate: Estimate | None = None
+    candidates: tuple[Candidate, ...] = ()  # that were compared, the chosen one first
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,383 @@
+"""How long a plan takes: the time of every part a token passes through, added up.
+
+    decode of one token = sum over weights of bytes read / achieved bytes per second of their type and device
+                        + attention over the live cache + a fixed time per layer
+                        + crossings from device to device + a fixed time per token
+
+Prefill is the same with the speeds of wide products, where each micro-batch reads all weights once; a product whose
+weights are in main memory may be given to a GPU, which then copies them over its link first (op offload).
+
+Times of layers are independent of each other, which is what makes the search of ``optimizer`` exact: it adds up
+the same ``Costs.layer`` that ``estimate`` does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tensortier import formulas, placement
+from tensortier.rates import AttentionSpeed, DeviceRates, Rates, Speed
+from tensortier.types import Estimate, ModelInfo, Plan, Role, Settings, Tensor, Workload
+
+OFFLOAD_BATCH = 32  # tokens from which on llama.cpp gives products to a GPU
+CPU = "CPU"
+_F32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds by what they are spent on, and how far their sum may be off (seconds)."""
+
+    parts: Mapping[str, float]
+    slack: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    def times(self, n: float) -> Spent:
+        return Spent({k: v * n for k, v in self.parts.items()}, self.slack * n)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Of the whole prompt, and of one token of output at the middle of the output."""
+
+    prefill: Spent
+    decode: Spent
+
+    def seconds(self, workload: Workload) -> float:
+        """That a whole request spends here."""
+        return self.prefill.seconds + workload.output * self.decode.seconds
+
+
+def total(spent: Iterable[Spent]) -> Spent:
+    """Their sum. Slacks add up too: a calibration that is off is off for all of them."""
+    parts: dict[str, float] = {}
+    slack = 0.0
+    for one in spent:
+        for key, value in one.parts.items():
+            parts[key] = parts.get(key, 0.0) + value
+        slack += one.slack
+    return Spent(parts, slack)
+
+
+def read_per_token(model: ModelInfo, tensor: Tensor) -> float:
+    """Share of a tensor's bytes that one token reads: of experts as many as are used, of an embedding one row."""
+    if tensor.role is Role.EMBEDDING:
+        return 0.0
+    if tensor.role.is_routed_expert:
+        return model.n_expert_used / max(1, model.n_expert)
+    return 1.0
+
+
+def movable(model: ModelInfo, layer: int) -> tuple[Tensor, ...]:
+    """A layer's tensors that are worth a place of their own: large feed-forward matrices, in the order in which
+    llama.cpp computes them (up, gate, down)."""
+    order = {
+        Role.EXPERT_GATE_UP: 0,
+        Role.FFN_UP: 0,
+        Role.EXPERT_UP: 0,
+        Role.FFN_GATE: 1,
+        Role.EXPERT_GATE: 1,
+        Role.FFN_DOWN: 2,
+        Role.EXPERT_DOWN: 2,
+    }
+    found = [t for t in by_layer(model)[layer] if t.role in order and len(t.shape) >= 2]
+    return tuple(sorted(found, key=lambda t: order[t.role]))
+
+
+def by_layer(model: ModelInfo) -> tuple[tuple[Tensor, ...], ...]:
+    """The tensors of each layer."""
+    found: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
+    for tensor in model.tensors:
+        if tensor.layer is not None and tensor.layer < model.n_layers:
+            found[tensor.layer].append(tensor)
+    return tuple(tuple(row) for row in found)
+
+
+class Costs:
+    """Times of the parts of one model on one machine, for a workload.
+
+    ``settings`` decide the micro-batch, the KV type and whether op offload is on; threads are those the rates
+    were made for. ``devices``: that layers may be offloaded to, in order: the first that can takes op offload.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        rates: Rates,
+        settings: Settings,
+        workload: Workload,
+        devices: Sequence[str] = (),
+        *,
+        kv_on_device: bool = True,
+    ) -> None:
+        self.model = model
+        self.rates = rates
+        self.settings = settings
+        self.workload = workload
+        self.kv_on_device = kv_on_device
+        self._layers = by_layer(model)
+        self._movable = tuple(movable(model, i) for i in range(model.n_layers))
+        context = formulas.context_of(model, settings)
+        self._batch = max(1, min(workload.prompt, formulas.ubatch_of(model, settings)))
+        self._steps = math.ceil(workload.prompt / self._batch)
+        # the middle of the output and of the prompt; a request longer than the context cannot be
+        self._live = min(context, workload.depth + workload.prompt + workload.output // 2)
+        self._prompt_live = min(context, workload.depth + workload.prompt // 2)
+        self._helper = (
+            next((d for d in devices if rates.of(d).offloads), None) if settings.op_offload else None
+        )
+        self._kv = formulas.kv_bytes(model, settings)
+        self._memo: dict[tuple[object, ...], Both] = {}
+
+    def signature(self, layer: int) -> tuple[object, ...]:
+        """Layers with the same signature take the same time and bytes wherever they are."""
+        tensors = tuple((t.role, t.qtype, t.shape) for t in self._layers[layer])
+        return (tensors, self.model.n_head[layer], self.model.n_head_kv[layer], self._cells(layer, 1 << 40))
+
+    def layer(self, layer: int, device: str, where: Sequence[str]) -> Both:
+        """One layer whose attention, norms, router and KV cache are on ``device`` and whose movable tensors
+        (``movable``) are on the devices ``where``, in that order."""
+        key = (self.signature_id(layer), device, *where)
+        if key not in self._memo:
+            self._memo[key] = Both(
+                self._layer(layer, device, where, self._batch).times(self._steps),
+                self._layer(layer, device, where, 1),
+            )
+        return self._memo[key]
+
+    def signature_id(self, layer: int) -> int:
+        """A small number for ``signature``."""
+        if not hasattr(self, "_ids"):
+            numbers: dict[tuple[object, ...], int] = {}
+            self._ids = [
+                numbers.setdefault(self.signature(i), len(numbers)) for i in range(self.model.n_layers)
+            ]
+        return self._ids[layer]
+
+    def output(self, device: str, weights: str | None = None) -> Both:
+        """The output layer on ``device`` (its matrix on ``weights``). Only the last token of a prompt has logits."""
+        tensor = self.output_tensor()
+        if tensor is None:
+            return Both(Spent({}), Spent({}))
+        parts = [self._product(tensor, weights or device, 1)]
+        if weights is not None and weights != device:
+            parts.append(self._crossings(device, weights, 2, 1, self.model.n_embd))
+        once = total(parts)
+        return Both(once, once)
+
+    def output_tensor(self) -> Tensor | None:
+        """The matrix that makes logits: the embedding where it is tied."""
+        name = "token_embd.weight" if self.model.tied_output else "output.weight"
+        return next((t for t in self.model.tensors if t.name == name), None)
+
+    def boundary(self, before: str, after: str) -> Both:
+        """Handing the hidden state from a layer on one device to the next on another."""
+        if before == after:
+            return Both(Spent({}), Spent({}))
+        return Both(
+            self._crossings(before, after, 1, self._batch, self.model.n_embd).times(self._steps),
+            self._crossings(before, after, 1, 1, self.model.n_embd),
+        )
+
+    def fixed(self, devices: Iterable[str]) -> Both:
+        """What a token costs besides its layers, with these devices at work."""
+        found = [self.rates.of(d) for d in {CPU, *devices}]
+        seconds = max((r.token_seconds for r in found), default=0.0)
+        once = Spent({"fixed": seconds}, seconds * 0.2)
+        return Both(once.times(self._steps), once)
+
+    # --- one micro-batch of ``tokens`` through one layer
+
+    def _layer(self, layer: int, device: str, where: Sequence[str], tokens: int) -> Spent:
+        moved = self._movable[layer]
+        assert len(where) == len(moved), (layer, where)
+        if self.model.n_layers_nextn and layer >= self.model.n_layers - self.model.n_layers_nextn:
+            return Spent({})  # only drafts tokens, which we do not ask for
+        homes = dict(zip((t.name for t in moved), where, strict=True))
+        parts = [
+            self._product(t, homes.get(t.name, device), tokens, device)
+            for t in self._layers[layer]
+            if len(t.shape) >= 2
+        ]
+        parts.append(self._attention(layer, device, tokens))
+        parts.append(self._operations(layer, device, tokens))
+        parts.append(self._excursions(layer, device, where, tokens))
+        return total(parts)
+
+    def _product(self, tensor: Tensor, home: str, tokens: int, near: str | None = None) -> Spent:
+        """A weight at ``home`` times ``tokens`` columns."""
+        share = read_per_token(self.model, tensor) if tensor.role is not Role.EMBEDDING else 1.0
+        rates = self.rates.of(home)
+        touched = share if tokens == 1 or not tensor.role.is_routed_expert else 1 - (1 - share) ** tokens
+        nbytes = tensor.nbytes * touched
+        macs = tensor.n_elements * share * tokens
+        if home == CPU and self._helper is not None and tokens >= OFFLOAD_BATCH and _is_matrix(tensor):
+            helper = self.rates.of(self._helper)
+            link = helper.link or helper.memory
+            copied = Spent({"link": nbytes / link.value}, nbytes / link.value * link.spread)
+            return total([copied, _weights(helper, tensor.qtype, nbytes, macs)])
+        del near
+        return _weights(rates, tensor.qtype, nbytes, macs if tokens > 1 else 0.0)
+
+    def _attention(self, layer: int, device: str, tokens: int) -> Spent:
+        model = self.model
+        if not model.n_head_kv[layer]:
+            return Spent({})
+        home = device if self.kv_on_device else CPU
+        rates = self.rates.of(home)
+        live = self._cells(layer, self._live if tokens == 1 else self._prompt_live)
+        width = model.head_dim_k + model.head_dim_v
+        if model.kv_lora_rank:
+            width = 2 * model.kv_lora_rank + model.n_rot  # keys are the latent vector and the rotary part
+        elif _is_windowed(model, layer) and model.head_dim_k_swa:
+            width = model.head_dim_k_swa + model.head_dim_v_swa
+        elements = model.n_head[layer] * width * max(1, live) * tokens
+        speed = attention_speed(rates, self.settings.type_k, width // 2, live, tokens > 1)
+        seconds, slack = elements / speed.value, elements / speed.value * speed.spread
+        # a device that shares keys and values among the query heads of a group is bound by reading them once
+        read = self._cell_bytes(layer) * live / rates.memory.value
+        if read > seconds:
+            seconds, slack = read, read * rates.memory.spread
+        spent = Spent({f"attention on {home}": seconds}, slack)
+        if home == device:
+            return spent
+        return total([spent, self._crossings(device, home, 2, tokens, model.n_embd)])
+
+    def _cell_bytes(self, layer: int) -> float:
+        """Of one token's keys and values in one layer."""
+        context = formulas.context_of(self.model, self.settings)
+        cells = self._cells(layer, context) or 1
+        return self._kv[layer] / max(cells, 1)
+
+    def _operations(self, layer: int, device: str, tokens: int) -> Spent:
+        rates = self.rates.of(device)
+        seconds = rates.layer_seconds
+        if any(t.role.is_routed_expert for t in self._layers[layer]):
+            seconds += rates.moe_layer_seconds
+        if tokens > 1:
+            seconds += rates.wide_layer_seconds * tokens * self.model.n_embd
+        return Spent({f"operations on {device}": seconds}, seconds * 0.2)
+
+    def _excursions(self, layer: int, device: str, where: Sequence[str], tokens: int) -> Spent:
+        """Crossings inside a layer: every change of device along its weights in the order of computation. A wide
+        batch whose product is done elsewhere by op offload changes there too."""
+        path = [device]
+        for tensor, home in zip(self._movable[layer], where, strict=True):
+            if home == CPU and self._helper is not None and tokens >= OFFLOAD_BATCH and _is_matrix(tensor):
+                home = self._helper
+            path.append(home)
+        path.append(device)
+        width = self.model.n_embd
+        if self.model.is_moe:
+            width *= max(1, self.model.n_expert_used)
+        parts = [self._crossings(a, b, 1, tokens, width) for a, b in itertools.pairwise(path) if a != b]
+        return total(parts)
+
+    def _crossings(self, a: str, b: str, times: int, tokens: int, width: int) -> Spent:
+        """Handing ``tokens`` rows of ``width`` f32 values from one device to another. By way of main memory."""
+        seconds = slack = 0.0
+        for end in {a, b} - {CPU}:
+            rates = self.rates.of(end)
+            link = rates.link or rates.memory
+            copy = tokens * width * _F32_BYTES / link.value
+            seconds += times * (rates.split_seconds / 2 + copy)
+            slack += times * (rates.split_seconds / 2 * 0.3 + copy * link.spread)
+        return Spent({"splits": seconds}, slack)
+
+    def _cells(self, layer: int, live: int) -> int:
+        return min(live, self.model.sliding_window) if _is_windowed(self.model, layer) else live
+
+
+def _is_windowed(model: ModelInfo, layer: int) -> bool:
+    return bool(model.swa_layers) and model.swa_layers[layer] and model.sliding_window > 0
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return len(tensor.shape) >= 2 and tensor.role is not Role.ROUTER
+
+
+def _weights(rates: DeviceRates, qtype: str, nbytes: float, macs: float) -> Spent:
+    """Reading ``nbytes`` while they are multiplied, or ``macs`` multiply-adds where those take longer."""
+    narrow = rates.narrow.get(qtype, rates.other_narrow)
+    seconds, slack = nbytes / narrow.value, nbytes / narrow.value * narrow.spread
+    if macs:
+        wide = rates.wide.get(qtype, rates.other_wide)
+        # a few columns wait for memory like one; many are arithmetic
+        seconds, slack = max(
+            (nbytes / rates.memory.value, 0.0), (macs / wide.value, macs / wide.value * wide.spread)
+        )
+    return Spent({f"weights on {rates.device}": seconds}, slack)
+
+
+def attention_speed(rates: DeviceRates, kv_type: str, head_dim: int, cells: int, many: bool) -> Speed:
+    """The measured speed nearest in width, between the two nearest lengths (over the logarithm of the length)."""
+    kind = kv_type.upper()
+    rows = [a for a in rates.attention if a.many == many]
+    rows = [a for a in rows if a.type == kind] or [a for a in rows if a.type == "Q4_0"] or rows
+    nearest = min(abs(math.log(a.head_dim / max(1, head_dim))) for a in rows)
+    rows = [a for a in rows if abs(math.log(a.head_dim / max(1, head_dim))) == nearest]
+    rows.sort(key=lambda a: a.cells)
+    below: AttentionSpeed = max((a for a in rows if a.cells <= cells), key=lambda a: a.cells, default=rows[0])
+    above: AttentionSpeed = min(
+        (a for a in rows if a.cells >= cells), key=lambda a: a.cells, default=rows[-1]
+    )
+    if below.cells == above.cells:
+        return below.speed
+    t = math.log(cells / below.cells) / math.log(above.cells / below.cells)
+    value = below.speed.value ** (1 - t) * above.speed.value**t
+    return Speed(value, max(below.speed.spread, above.speed.spread))
+
+
+def estimate(
+    model: ModelInfo,
+    plan: Plan,
+    rates: Rates,
+    workload: Workload,
+    free: Mapping[str, int],
+) -> Estimate:
+    """The speed of ``plan`` for ``workload``. ``free``: bytes per device, by which layers are shared out where the
+    plan gives no shares."""
+    place = plan.placement
+    costs = Costs(model, rates, plan.settings, workload, place.devices, kv_on_device=place.kv_on_device)
+    layers = placement.layer_devices(model, place, free)
+    where = placement.resolve(model, place, free)
+    parts = [
+        costs.layer(i, layers[i], [where[t.name] for t in movable(model, i)]) for i in range(model.n_layers)
+    ]
+    parts += [costs.boundary(a, b) for a, b in zip((CPU, *layers), layers, strict=False)]
+    output = costs.output_tensor()
+    moved = None if output is None or model.tied_output else where[output.name]
+    parts += [costs.output(layers[-1], moved), costs.fixed({*layers, *where.values()})]
+    return combine(parts, workload, rates, {*layers, *where.values()})
+
+
+def combine(parts: Iterable[Both], workload: Workload, rates: Rates, devices: Iterable[str]) -> Estimate:
+    """An estimate of all parts of a plan."""
+    found = list(parts)
+    prefill, decode = total(p.prefill for p in found), total(p.decode for p in found)
+    used = sorted({CPU, *devices} & set(rates.devices))
+
+    def speed(spent: Spent, tokens: int) -> tuple[float, tuple[float, float]]:
+        middle = max(spent.seconds, 1e-12)
+        slack = min(spent.slack, 0.9 * middle)
+        return tokens / middle, (tokens / (middle + slack), tokens / (middle - slack))
+
+    prefill_speed, prefill_interval = speed(prefill, workload.prompt)
+    decode_speed, decode_interval = speed(decode, 1)
+    return Estimate(
+        prefill_speed,
+        prefill_interval,
+        decode_speed,
+        decode_interval,
+        prefill.seconds + workload.output * decode.seconds,
+        {k: v for k, v in prefill.parts.items() if v > 0},
+        {k: v for k, v in decode.parts.items() if v > 0},
+        {d: rates.of(d).provenance for d in used},
+        tuple(note for d in used for note in rates.of(d).notes),
+    )
