@@ -96,6 +96,9 @@ struct InitParams {
     X(Buffer *, ggml_backend_buft_alloc_buffer, (BufferType * buft, size_t size))                            \
     X(void, ggml_backend_buffer_set_usage, (Buffer * buffer, int usage))                                     \
     X(void, ggml_backend_tensor_set, (Tensor * tensor, const void * data, size_t offset, size_t size))       \
+    X(void, ggml_backend_tensor_get, (const Tensor * tensor, void * data, size_t offset, size_t size))       \
+    X(int, ggml_backend_tensor_alloc, (Buffer * buffer, Tensor * tensor, void * address))                    \
+    X(BufferType *, ggml_backend_dev_host_buffer_type, (Device * device))                                    \
     X(size_t, ggml_row_size, (int type, int64_t elements))                                                   \
     X(size_t, ggml_quantize_chunk,                                                                           \
       (int type, const float * src, void * dst, int64_t start, int64_t rows, int64_t per_row,                \

@@ -282,7 +282,7 @@ int tt_bench_small_ops(const tt_small_ops_bench * bench, double * seconds, int c
     const size_t count = static_cast<size_t>(bench->count);
     const ContextPtr compute = make_context(count + 2, count + 8);
     tt::Graph * graph = api().ggml_new_graph_custom(compute.get(), count + 8, false);
-    tt::Tensor * input = api().ggml_new_tensor_2d(compute.get(), TYPE_F32, bench->width, 1);
+    tt::Tensor * input = api().ggml_new_tensor_2d(compute.get(), TYPE_F32, bench->width, bench->rows);
     tt::Tensor * factor = api().ggml_new_tensor_2d(compute.get(), TYPE_F32, bench->width, 1);
     tt::Tensor * last = input;
     for (size_t i = 0; i < count; ++i) {
@@ -302,4 +302,54 @@ int tt_bench_small_ops(const tt_small_ops_bench * bench, double * seconds, int c
     fill(input);
     fill(factor);
     return time_graph(backend.get(), graph, seconds, capacity, error, error_size);
+}
+
+int tt_bench_copy(const tt_copy_bench * bench, double * seconds, int capacity, char * error,
+                  size_t error_size) {
+    const BackendPtr backend = start_backend(bench->device, 1, error, error_size);
+    if (!backend) {
+        return -1;
+    }
+    tt::Device * device = api().ggml_backend_get_device(backend.get());
+    const size_t size = static_cast<size_t>(bench->bytes);
+    const BufferPtr there(
+        api().ggml_backend_buft_alloc_buffer(api().ggml_backend_dev_buffer_type(device), size));
+    const ContextPtr context = make_context(1, 0);
+    tt::Tensor * tensor = api().ggml_new_tensor_2d(context.get(), TYPE_F32,
+                                                   bench->bytes / static_cast<int64_t>(sizeof(float)), 1);
+    if (!there || api().ggml_backend_tensor_alloc(there.get(), tensor,
+                                                  api().ggml_backend_buffer_get_base(there.get())) != 0) {
+        return fail(error, error_size, std::string("not enough memory on ") + bench->device);
+    }
+    std::vector<char> pageable;
+    BufferPtr pinned;
+    char * here = nullptr;
+    if (bench->pinned) {
+        tt::BufferType * buft = api().ggml_backend_dev_host_buffer_type(device);
+        if (!buft) {
+            return 0;
+        }
+        pinned.reset(api().ggml_backend_buft_alloc_buffer(buft, size));
+        if (!pinned) {
+            return fail(error, error_size, std::string("not enough pinned memory for ") + bench->device);
+        }
+        here = static_cast<char *>(api().ggml_backend_buffer_get_base(pinned.get()));
+        std::memset(here, 1, size);
+    } else {
+        pageable.resize(size, 1);
+        here = pageable.data();
+    }
+    for (int run = -1; run < capacity; ++run) {
+        const auto start = std::chrono::steady_clock::now();
+        if (bench->to_device) {
+            api().ggml_backend_tensor_set(tensor, here, 0, size);
+        } else {
+            api().ggml_backend_tensor_get(tensor, here, 0, size);
+        }
+        api().ggml_backend_synchronize(backend.get());
+        if (run >= 0) {
+            seconds[run] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        }
+    }
+    return capacity;
 }

@@ -76,15 +76,28 @@ struct tt_attention_bench {
 TT_API int tt_bench_attention(const struct tt_attention_bench * bench, double * seconds, int capacity,
                               char * error, size_t error_size);
 
-// One graph of `count` small operations on a vector of `width` values, each on the last one's result: a norm,
+// One graph of `count` small operations on `rows` vectors of `width` values, each on the last one's result: a norm,
 // a product and a sum in turn, as between the weights of a layer.
 struct tt_small_ops_bench {
     const char * device;
     int32_t count;
     int64_t width;
+    int64_t rows; // tokens
     int32_t threads;
 };
 
 // As tt_bench_mul_mat.
 TT_API int tt_bench_small_ops(const struct tt_small_ops_bench * bench, double * seconds, int capacity,
                               char * error, size_t error_size);
+
+// Copies between main memory and a device's own.
+struct tt_copy_bench {
+    const char * device;
+    int64_t bytes;
+    int32_t pinned;    // 1: main memory that the device's driver allocated
+    int32_t to_device; // 0: from the device
+};
+
+// As tt_bench_mul_mat; 0 runs where the device has no pinned memory to offer.
+TT_API int tt_bench_copy(const struct tt_copy_bench * bench, double * seconds, int capacity, char * error,
+                         size_t error_size);

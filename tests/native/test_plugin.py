@@ -79,7 +79,7 @@ def test_exports_only_its_interface() -> None:
 
     header = (Path(__file__).parents[2] / "native" / "tensortier.h").read_text()
     assert names == set(re.findall(r"^TT_API .*?\b(tt_\w+)\(", header, re.MULTILINE))
-    assert len(names) == 8
+    assert len(names) >= 8
 
 
 def test_binds_to_the_installed_library() -> None:

@@ -50,13 +50,35 @@ class _SmallOps(ctypes.Structure):
         ("device", ctypes.c_char_p),
         ("count", ctypes.c_int32),
         ("width", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
         ("threads", ctypes.c_int32),
     )
 
 
-def small_ops(device: str, *, count: int, width: int, threads: int = 1, runs: int = 5) -> list[float]:
-    """Seconds of each run of ``count`` norms, products and sums in turn on a vector. Otherwise as ``mul_mat``."""
-    return _run(native().tt_bench_small_ops, _SmallOps(device.encode(), count, width, threads), runs)
+class _Copy(ctypes.Structure):
+    """``tt_copy_bench`` of native/tensortier.h"""
+
+    _fields_ = (
+        ("device", ctypes.c_char_p),
+        ("bytes", ctypes.c_int64),
+        ("pinned", ctypes.c_int32),
+        ("to_device", ctypes.c_int32),
+    )
+
+
+def small_ops(
+    device: str, *, count: int, width: int, rows: int = 1, threads: int = 1, runs: int = 5
+) -> list[float]:
+    """Seconds of each run of ``count`` norms, products and sums in turn on ``rows`` vectors. Otherwise as
+    ``mul_mat``."""
+    return _run(native().tt_bench_small_ops, _SmallOps(device.encode(), count, width, rows, threads), runs)
+
+
+def copy(device: str, nbytes: int, *, to_device: bool, pinned: bool = False, runs: int = 5) -> list[float]:
+    """Seconds of each copy of ``nbytes`` between main memory and the device's. Empty where ``pinned`` memory is
+    asked for and the device offers none. Otherwise as ``mul_mat``."""
+    bench = _Copy(device.encode(), nbytes, 1 if pinned else 0, 1 if to_device else 0)
+    return _run(native().tt_bench_copy, bench, runs)
 
 
 def mul_mat(
