@@ -38,6 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "rates": {"types", "calibrate", "gguf"},
     "cost": {"types", "formulas", "placement", "rates"},
     "planfile": {"types", "errors"},
+    "planid": {"types", "errors"},
+    "explain": {"types"},
     "memory": {"types", "errors", "planfile", "placement", "formulas"},
     "overrides": {"types"},
     "export": {"types", "errors", "patterns", "placement", "overrides"},
@@ -118,6 +120,8 @@ PLANNING = [
     "cost",
     "planner",
     "planfile",
+    "planid",
+    "explain",
     "export",
 ]
 
