@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import types as python_types
 import typing
 from collections.abc import Mapping
@@ -27,11 +29,27 @@ def from_dict(data: object) -> Plan:
     """
     if not isinstance(data, Mapping) or "tensortier_plan" not in data:
         raise PlanError("this is not a tensortier plan (it has no field tensortier_plan)")
-    if data["tensortier_plan"] != VERSION:
-        raise PlanError(f"this plan is of version {data['tensortier_plan']}, this tensortier reads {VERSION}")
+    version = data["tensortier_plan"]
+    if version != VERSION or isinstance(version, bool):
+        raise PlanError(f"this plan is of version {version!r:.60}, this tensortier reads version {VERSION}")
     plan = _decode(Plan, {k: v for k, v in data.items() if k != "tensortier_plan"}, "plan")
     assert isinstance(plan, Plan)
     return plan
+
+
+def parse(text: str) -> Plan:
+    """The plan in the text of a plan file.
+
+    Raises:
+        PlanError: it is not JSON (cut short, for example), or not a plan; see ``from_dict``.
+    """
+    try:
+        data = json.loads(text)
+    except RecursionError as exc:
+        raise PlanError("it is nested deeper than any plan") from exc
+    except ValueError as exc:
+        raise PlanError(f"it is not JSON: {exc}") from exc
+    return from_dict(data)
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
@@ -41,7 +59,9 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise PlanError(f"{where}: expected a list, got {value!r:.60}")
-        item = typing.get_args(kind)[0]
+        item, *more = typing.get_args(kind)
+        if Ellipsis not in more and len(value) != 1 + len(more):
+            raise PlanError(f"{where}: expected {1 + len(more)} values, got {len(value)}")
         return tuple(_decode(item, v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is Mapping:
         if not isinstance(value, Mapping):
@@ -53,7 +73,10 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in options:
             return None
         return _decode(next(o for o in options if o is not type(None)), value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        # JSON has no such numbers, but Python's reader takes them; and an integer may be of any length
+        if abs(value) > 1e300 or not math.isfinite(value):
+            raise PlanError(f"{where}: {value!r:.60} is not a number that can be")
         return float(value)
     # bool is a subclass of int, but true is no number of layers
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
