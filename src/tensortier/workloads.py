@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tensortier.errors import UsageError
 from tensortier.types import Workload
 
@@ -40,3 +42,15 @@ def parse(text: str) -> Workload:
     if prompt < 1 or output < 1:
         raise UsageError(f"workload {text!r}: at least one token of prompt and one of output are needed")
     return Workload(text, prompt, output, depth)
+
+
+def fitted(workload: Workload, context: int) -> Workload:
+    """``workload`` made to fit in ``context`` tokens: less in the context before, and where that is not enough
+    less of prompt and output in proportion."""
+    if workload.context <= context:
+        return workload
+    asked = workload.prompt + workload.output
+    if asked <= context:
+        return replace(workload, depth=context - asked)
+    prompt = min(max(1, context * workload.prompt // asked), max(1, context - 1))
+    return replace(workload, prompt=prompt, output=max(1, context - prompt), depth=0)
