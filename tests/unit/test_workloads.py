@@ -26,8 +26,7 @@ def test_numbers() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "chatt", "1:2", "1:2:3:4", "0:1:1", "1:0:1", "-1:1:1", "1:1:x", "1.5:1:1", "٣:1:1", "1:1:99999999"]
-    + ["1:1:9999999999999", " 1:1:1", "Chat"],
+    ["", "chatt", "1:2", "1:2:3:4", "0:1:1", "1:0:1", "-1:1:1", "1:1:x", "1.5:1:1", "٣:1:1", "1:1:99999999"],
 )
 def test_what_is_no_workload(text: str) -> None:
     with pytest.raises(UsageError):
