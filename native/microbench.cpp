@@ -235,8 +235,9 @@ int tt_bench_attention(const tt_attention_bench * bench, double * seconds, int c
     }
     tt::Device * device = api().ggml_backend_get_device(backend.get());
     const size_t count = static_cast<size_t>(bench->count);
-    const ContextPtr compute = make_context(count * 5 + 2, count + 8);
-    tt::Graph * graph = api().ggml_new_graph_custom(compute.get(), count + 8, false);
+    const size_t nodes = count * 3 + 8; // two permuted views and the attention itself
+    const ContextPtr compute = make_context(count * 5 + 2, nodes);
+    tt::Graph * graph = api().ggml_new_graph_custom(compute.get(), nodes, false);
     tt::Tensor * query =
         api().ggml_new_tensor_3d(compute.get(), TYPE_F32, bench->head_dim, bench->batch, bench->heads);
     tt::Tensor * mask = api().ggml_new_tensor_2d(compute.get(), TYPE_F16, bench->cells, bench->batch);
