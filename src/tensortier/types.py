@@ -201,6 +201,19 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Tier:
+    """How weights that an override sends to the device "TIER" are read from the drive while the model runs."""
+
+    expert_bytes: int = 0  # RAM for routed experts; at least those that one token uses in one layer
+    dense_bytes: int = 0  # RAM for the other such weights: those that stay, and a ring for the rest
+    policy: str = "lru"  # which experts stay: "lru", "global-lru", "lfu", "static", "second-touch"
+    profile: str | None = None  # a routing trace with the frequencies that policy "static" goes by
+    reader: str = "auto"  # "io_uring", "threads"
+    queue_depth: int = 32  # reads under way at a time
+    read_bytes: int = 1 << 20  # of the largest single read
+
+
+@dataclass(frozen=True)
 class DeviceMemory:
     """What one device holds for a loaded model."""
 
@@ -266,6 +279,7 @@ class Plan:
     settings: Settings = Settings()
     memory: tuple[DeviceMemory, ...] = ()  # predicted; empty where nothing was asked
     rpc: tuple[str, ...] = ()  # host:port of remote servers that must be registered first
+    tier: Tier | None = None  # needed by overrides to "TIER"
     reasons: tuple[str, ...] = ()  # one sentence each: why it is so
     warnings: tuple[str, ...] = ()
     model_id: str = ""  # fingerprint of the model's tensors; empty: any
