@@ -13,6 +13,7 @@ the same ``Costs.layer`` that ``estimate`` does.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,11 @@ from tensortier.rates import AttentionSpeed, DeviceRates, Rates, Speed
 from tensortier.types import Estimate, ModelInfo, Plan, Role, Settings, Tensor, Workload
 
 OFFLOAD_BATCH = 32  # tokens from which on llama.cpp gives products to a GPU
+ASSUMED_DRIVE = Speed(1.5e9, 0.5)  # bytes/s, where nothing is known of the drive
+# Weights that main memory does not hold come back by page faults: in small pieces, one after the other, and the
+# kernel drops what will be needed next. So many times longer than reading them at the drive's speed, give or take.
+FAULT_FACTOR = 3.0
+FAULT_SPREAD = 0.6
 CPU = "CPU"
 _F32_BYTES = 4
 
@@ -134,6 +140,30 @@ class Costs:
         )
         self._kv = formulas.kv_bytes(model, settings)
         self._memo: dict[tuple[object, ...], Both] = {}
+
+    @property
+    def helper(self) -> str | None:
+        """The device that takes wide products whose weights are in main memory (op offload)."""
+        return self._helper
+
+    def tensors(self, layer: int) -> tuple[Tensor, ...]:
+        return self._layers[layer]
+
+    def movable(self, layer: int) -> tuple[Tensor, ...]:
+        return self._movable[layer]
+
+    def paging(self, nbytes: float) -> Both:
+        """Reading again what main memory does not hold of the weights on the CPU, ``nbytes`` of them."""
+        model = self.model
+        drive = self.rates.drive or ASSUMED_DRIVE
+        share = model.n_expert_used / model.n_expert if model.is_moe else 1.0
+        slow = FAULT_FACTOR / drive.value
+
+        def once(read: float) -> Spent:
+            return Spent({"drive": read * slow}, read * slow * max(drive.spread, FAULT_SPREAD))
+
+        wide = nbytes * (1 - (1 - share) ** self._batch)
+        return Both(once(wide).times(self._steps), once(nbytes * share))
 
     def signature(self, layer: int) -> tuple[object, ...]:
         """Layers with the same signature take the same time and bytes wherever they are."""
@@ -340,9 +370,11 @@ def estimate(
     rates: Rates,
     workload: Workload,
     free: Mapping[str, int],
+    *,
+    paged: int = 0,
 ) -> Estimate:
     """The speed of ``plan`` for ``workload``. ``free``: bytes per device, by which layers are shared out where the
-    plan gives no shares."""
+    plan gives no shares. ``paged``: bytes of weights on the CPU that main memory does not hold."""
     place = plan.placement
     costs = Costs(model, rates, plan.settings, workload, place.devices, kv_on_device=place.kv_on_device)
     layers = placement.layer_devices(model, place, free)
@@ -354,6 +386,11 @@ def estimate(
     output = costs.output_tensor()
     moved = None if output is None or model.tied_output else where[output.name]
     parts += [costs.output(layers[-1], moved), costs.fixed({*layers, *where.values()})]
+    if paged:
+        parts.append(costs.paging(paged))
+        if rates.drive is None:
+            assumed = f"the drive's speed is not known: {ASSUMED_DRIVE.value / 1e9:.1f} GB/s are assumed"
+            rates = dataclasses.replace(rates, notes=(*rates.notes, assumed))
     return combine(parts, workload, rates, {*layers, *where.values()})
 
 
@@ -379,5 +416,5 @@ def combine(parts: Iterable[Both], workload: Workload, rates: Rates, devices: It
         {k: v for k, v in prefill.parts.items() if v > 0},
         {k: v for k, v in decode.parts.items() if v > 0},
         {d: rates.of(d).provenance for d in used},
-        tuple(note for d in used for note in rates.of(d).notes),
+        (*rates.notes, *(note for d in used for note in rates.of(d).notes)),
     )
