@@ -1,11 +1,12 @@
 """Is the predicted speed the measured one? Decode and prefill of many configurations on this machine.
 
-    python -m bench.validate_time [--quick]
+    python -m bench.validate_time [--only TEXT] [--rpc] [--keep] [--json FILE]
 
-Calibrates first if nothing valid is kept. Prints predicted and measured speeds of each configuration, the median
-and 90th percentile of the relative error of decode, and how many pairs that differ by more than 10 % are predicted
-in the right order. Run it alone. The physical ceiling is the calibration itself: no plan is faster than its weights
-can be read.
+Calibrates first (``--keep``: takes the kept calibration). Prints predicted and measured speeds of each configuration, the
+median and 90th percentile of the relative error of decode, and how many pairs that differ by more than 10 % are
+predicted in the right order. ``--rpc`` adds configurations with ggml's RPC server on this machine as a second device.
+Run it alone: about seven minutes on two cores. The physical ceiling is the calibration itself: no plan is faster than
+its weights can be read.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import statistics
-import time
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
+from tests.backend_fixtures import rpc_server
 from tests.models import moe, smollm2, synthetic
 
-from bench import time_model
-from tensortier import calibrate, gguf, hardware, planner
-from tensortier.engine import Engine
-from tensortier.types import Placement, Plan, Settings
+from tensortier import calibrate, cost, gguf, hardware, placement, rates
+from tensortier._llama import decode
+from tensortier.types import Override, Placement, Plan, Settings, Workload
 
 CACHE = Path(".cache/models")
+PROMPT, OUTPUT = 256, 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,120 +37,175 @@ class Case:
     path: Path
     settings: Settings
     depth: int = 0
+    n_gpu_layers: int = 0
+    overrides: tuple[Override, ...] = ()
+
+
+def _build(**options: object) -> Path:
+    model = synthetic.Synthetic(**options)  # type: ignore[arg-type]
+    path = CACHE / f"synthetic-{model.key()}.gguf"
+    return path if path.exists() else synthetic.build(model, path)
+
+
+def _dense(kind: str, layers: int = 8) -> Path:
+    return _build(
+        layers=layers, n_embd=2048, n_ff=6144, heads=16, kv_heads=4, head_dim=128, experts=0, used=0, vocab=49152,
+        qtype=kind, embedding=kind,
+    )  # fmt: skip
+
+
+def _mixture(kind: str, experts: int, used: int) -> Path:
+    return _build(
+        layers=8, n_embd=1024, n_ff=512, heads=16, kv_heads=4, head_dim=64, experts=experts, used=used,
+        vocab=49152, qtype=kind, embedding=kind,
+    )  # fmt: skip
 
 
 def cases() -> list[Case]:
     """Real and synthetic models, weight types, threads, depths, KV types and micro-batches."""
-
-    def build(**options: object) -> Path:
-        model = synthetic.Synthetic(**options)  # type: ignore[arg-type]
-        path = CACHE / f"synthetic-{model.key()}.gguf"
-        return path if path.exists() else synthetic.build(model, path)
-
     real = smollm2.path()
     mixture = CACHE / f"smollm2-moe-{moe.VERSION}.gguf"
     if not mixture.exists():
         moe.build(mixture)
-    base = Settings(n_ctx=2048, flash_attention="on")
-    found = [Case("SmolLM2 Q4_1", real, base), Case("SmolLM2 MoE Q8_0", mixture, base)]
-    found += [
-        Case("SmolLM2 1 thread", real, dataclasses.replace(base, threads=1)),
-        Case("MoE 1 thread", mixture, dataclasses.replace(base, threads=1)),
+    base = Settings(n_ctx=2048, threads=2, flash_attention="on")
+    one = dataclasses.replace(base, threads=1)
+    deep = dataclasses.replace(base, n_ctx=10240)
+    found = [
+        Case("SmolLM2 Q4_1", real, base),
+        Case("SmolLM2 MoE Q8_0", mixture, base),
+        Case("SmolLM2 1 thread", real, one),
+        Case("MoE 1 thread", mixture, one),
         Case("SmolLM2 ubatch 64", real, dataclasses.replace(base, n_ubatch=64)),
     ]
-    deep = dataclasses.replace(base, n_ctx=10240)
     for depth in (1024, 4096, 8192):
         found.append(Case(f"SmolLM2 depth {depth}", real, deep, depth))
     for kv in ("q8_0", "q4_0"):
         settings = dataclasses.replace(deep, type_k=kv, type_v=kv)
         found.append(Case(f"SmolLM2 KV {kv} depth 4096", real, settings, 4096))
-    shape = {
-        "layers": 8,
-        "n_embd": 2048,
-        "n_ff": 6144,
-        "heads": 16,
-        "kv_heads": 4,
-        "head_dim": 128,
-        "experts": 0,
-    }
+    found.append(Case("MoE depth 4096", mixture, deep, 4096))
     for kind in ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q4_0", "Q5_0", "IQ4_XS", "IQ4_NL"):
-        if kind not in synthetic.QTYPES:
-            continue
-        path = build(**shape, used=0, vocab=49152, qtype=kind, embedding=kind)
-        found.append(Case(f"dense {kind}", path, base))
+        found.append(Case(f"dense {kind}", _dense(kind), base))
         if kind in ("Q4_K", "Q4_0"):
-            found.append(Case(f"dense {kind} plain", path, dataclasses.replace(base, repack=False)))
-            found.append(Case(f"dense {kind} 1 thread", path, dataclasses.replace(base, threads=1)))
+            found.append(Case(f"dense {kind} plain", _dense(kind), dataclasses.replace(base, repack=False)))
+        if kind in ("Q4_K", "Q4_0", "Q8_0"):
+            found.append(Case(f"dense {kind} 1 thread", _dense(kind), one))
+    found.append(Case("dense Q4_K depth 4096", _dense("Q4_K"), deep, 4096))
     for kind, experts, used in (("Q4_0", 16, 2), ("Q8_0", 32, 4), ("Q4_K", 64, 8)):
-        if kind not in synthetic.QTYPES:
-            continue
-        path = build(
-            layers=8, n_embd=1024, n_ff=512, heads=16, kv_heads=4, head_dim=64, experts=experts, used=used,
-            vocab=49152, qtype=kind, embedding=kind,
-        )  # fmt: skip
-        found.append(Case(f"MoE {experts}x{used} {kind}", path, base))
+        found.append(Case(f"MoE {experts}x{used} {kind}", _mixture(kind, experts, used), base))
     return found
 
 
+def remote_cases() -> list[Case]:
+    """With the RPC server (one thread) as a second device, one thread on this side."""
+    mixture = CACHE / f"smollm2-moe-{moe.VERSION}.gguf"
+    one = Settings(n_ctx=2048, threads=1, flash_attention="on", load_mode="none")
+    up = (Override(r"\.ffn_up", "CPU"),)
+    ffn = (Override(r"\.ffn_(up|down|gate)", "CPU"),)
+    return [
+        Case("RPC: SmolLM2 all", smollm2.path(), one, n_gpu_layers=99),
+        Case("RPC: SmolLM2 15 layers", smollm2.path(), one, n_gpu_layers=15),
+        Case("RPC: SmolLM2 ffn_up on CPU", smollm2.path(), one, n_gpu_layers=99, overrides=up),
+        Case("RPC: SmolLM2 MoE all", mixture, one, n_gpu_layers=99),
+        Case("RPC: SmolLM2 MoE experts on CPU", mixture, one, n_gpu_layers=99, overrides=ffn),
+        Case("RPC: dense Q8_0 all", _dense("Q8_0"), one, n_gpu_layers=99),
+        Case("RPC: dense Q8_0 4 layers", _dense("Q8_0"), one, n_gpu_layers=4),
+        Case("RPC: dense Q4_K ffn on CPU", _dense("Q4_K"), one, n_gpu_layers=99, overrides=ffn),
+    ]
+
+
 def measure(case: Case, plan: Plan) -> tuple[float, float]:
-    """(prefill, decode) in tokens/s, medians of three after a warm-up: 256 tokens behind ``depth`` others, then 24
-    single ones. Token numbers are made up; sampling is not part of it."""
-    prefill, decode = [], []
-    with Engine(plan) as engine:
-        llama = engine._llama
-        tokens = [1000 + i * 7 % 30000 for i in range(case.depth + 256 + 24)]
-        llama.reset()
-        if case.depth:
-            llama.eval(tokens[: case.depth])
+    """(prefill, decode) in tokens/s, medians of three after a warm-up: ``PROMPT`` tokens behind ``depth`` others, then
+    ``OUTPUT`` single ones."""
+    prefill, single = [], []
+    with decode.timer(plan) as timer:
+        timer.fill(case.depth)
         for i in range(4):
-            llama.n_tokens = case.depth  # the next computation drops what lies beyond
-            start = time.perf_counter()
-            llama.eval(tokens[case.depth : case.depth + 256])
-            middle = time.perf_counter()
-            for token in tokens[-24:]:
-                llama.eval([token])
+            timer.forget(case.depth)
+            seconds = timer.compute(PROMPT)
+            each = timer.single(OUTPUT)
             if i:
-                prefill.append(256 / (middle - start))
-                decode.append(24 / (time.perf_counter() - middle))
-    return statistics.median(prefill), statistics.median(decode)
+                prefill.append(PROMPT / seconds)
+                single.append(1 / each)
+    return statistics.median(prefill), statistics.median(single)
+
+
+def run(chosen: list[Case], rpc: tuple[str, ...], *, keep: bool) -> list[dict[str, object]]:
+    machine = hardware.probe(rpc=rpc)
+    calibration = calibrate.load(machine) if keep else None
+    if calibration is None:
+        calibration = calibrate.calibrate(machine, rpc=rpc)
+        calibrate.save(machine, calibration)
+    free = {d.name: d.memory_free for d in machine.devices}
+    devices = tuple(d.name for d in placement.gpus(machine)) if rpc else ()
+    rows: list[dict[str, object]] = []
+    for case in chosen:
+        model = gguf.read(case.path)
+        place = Placement(devices if case.n_gpu_layers else (), case.n_gpu_layers, overrides=case.overrides)
+        plan = Plan(str(case.path), place, case.settings, rpc=rpc)
+        found = rates.from_calibration(calibration, machine, case.settings)
+        predicted = cost.estimate(model, plan, found, Workload("", PROMPT, OUTPUT, case.depth), free)
+        prefill, single = measure(case, plan)
+        row: dict[str, object] = {
+            "name": case.name,
+            "decode": single,
+            "decode_predicted": predicted.decode_tokens_per_second,
+            "prefill": prefill,
+            "prefill_predicted": predicted.prefill_tokens_per_second,
+            "interval": predicted.decode_interval,
+        }
+        rows.append(row)
+        parts = " ".join(f"{k} {v * 1e3:.2f}" for k, v in predicted.decode_seconds.items())
+        print(
+            f"{case.name:32} decode {predicted.decode_tokens_per_second:7.1f} predicted {single:7.1f} measured "
+            f"{predicted.decode_tokens_per_second / single - 1:+6.1%}   prefill "
+            f"{predicted.prefill_tokens_per_second:7.0f} {prefill:7.0f} "
+            f"{predicted.prefill_tokens_per_second / prefill - 1:+6.1%}   ({parts})",
+            flush=True,
+        )
+    return rows
+
+
+def summary(rows: list[dict[str, object]]) -> str:
+    """Errors and order, as the figures are judged."""
+
+    def errors(what: str) -> list[float]:
+        return sorted(abs(float(r[f"{what}_predicted"]) / float(r[what]) - 1) for r in rows)  # type: ignore[arg-type]
+
+    def at(values: list[float], q: float) -> float:
+        return values[min(len(values) - 1, int(q * len(values)))]
+
+    speeds = [(float(r["decode_predicted"]), float(r["decode"])) for r in rows]  # type: ignore[arg-type]
+    pairs = [(a, b) for a, b in itertools.combinations(speeds, 2) if max(a[1], b[1]) > 1.1 * min(a[1], b[1])]
+    right = sum((a[0] > b[0]) == (a[1] > b[1]) for a, b in pairs)
+    inside = sum(r["interval"][0] <= r["decode"] <= r["interval"][1] for r in rows)  # type: ignore[index,operator]
+    lines = [
+        f"{len(rows)} configurations: decode error median {statistics.median(errors('decode')):.1%}, 90th percentile "
+        f"{at(errors('decode'), 0.9):.1%} (wanted: 8 %, 20 %); {inside} inside the predicted interval",
+        f"prefill error median {statistics.median(errors('prefill')):.1%}, 90th percentile "
+        f"{at(errors('prefill'), 0.9):.1%}",
+        f"order right in {right} of {len(pairs)} pairs, {right / max(1, len(pairs)):.1%} (wanted: 95 %)",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="every third configuration")
+    parser.add_argument("--only", default="", help="configurations whose name holds this text")
+    parser.add_argument("--rpc", action="store_true", help="also with the RPC server as a second device")
+    parser.add_argument("--keep", action="store_true", help="use the kept calibration")
+    parser.add_argument("--json", type=Path, help="write every figure there")
     args = parser.parse_args()
-    machine = hardware.probe()
-    calibration = calibrate.load(machine)
-    if calibration is None:
-        calibration = calibrate.calibrate(machine)
-        calibrate.save(calibration)
-    rows = []
-    for case in cases()[:: 3 if args.quick else 1]:
-        model = gguf.read(case.path)
-        plan = planner.manual_plan(model, machine, case.settings, Placement())
-        workload = time_model.Workload(prompt=256, output=24, depth=case.depth)
-        predicted = time_model.estimate(model, calibration, plan, workload)
-        if predicted is None:
-            print(f"{case.name:28} not predicted")
-            continue
-        prefill, decode = measure(case, plan)
-        error = predicted.decode_tokens_per_second / decode - 1
-        prefill_error = predicted.prefill_tokens_per_second / prefill - 1
-        rows.append((predicted.decode_tokens_per_second, decode, abs(error), abs(prefill_error)))
-        print(
-            f"{case.name:28} decode {predicted.decode_tokens_per_second:7.1f} predicted {decode:7.1f} measured "
-            f"{error:+6.1%}   prefill {predicted.prefill_tokens_per_second:7.0f} {prefill:7.0f} {prefill_error:+6.1%}",
-            flush=True,
-        )
-    errors = sorted(r[2] for r in rows)
-    pairs = [(a, b) for a, b in itertools.combinations(rows, 2) if max(a[1], b[1]) > 1.1 * min(a[1], b[1])]
-    right = sum((a[0] > b[0]) == (a[1] > b[1]) for a, b in pairs)
-    print(f"{len(rows)} configurations: decode error median {statistics.median(errors):.1%}, ", end="")
-    print(f"90th percentile {errors[int(0.9 * (len(errors) - 1))]:.1%} (wanted: 8 %, 20 %)")
-    print(f"prefill error median {statistics.median(r[3] for r in rows):.1%}")
-    print(f"order right in {right} of {len(pairs)} pairs, {right / max(1, len(pairs)):.1%} (wanted: 95 %)")
+    rows = run([c for c in cases() if args.only in c.name], (), keep=args.keep)
+    if args.rpc:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            endpoint = stack.enter_context(rpc_server(folder / "server.log"))
+            rows += run([c for c in remote_cases() if args.only in c.name], (endpoint,), keep=False)
+    print(summary(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ interval that such an assumption deserves; an estimate made of them says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tensortier.types import Device, Hardware
+from tensortier.calibrate.records import Calibration, Product
+from tensortier.gguf.ggml_types import GGML_TYPES
+from tensortier.types import Device, Hardware, Settings
 
 # Shares of a published peak that llama.cpp reaches, and how far off they may be.
 GPU_BANDWIDTH_SHARE = 0.67
@@ -77,6 +79,112 @@ class Rates:
 
     def of(self, device: str) -> DeviceRates:
         return self.devices[device]
+
+
+def from_calibration(calibration: Calibration, hardware: Hardware, settings: Settings) -> Rates:
+    """Of this machine, for the threads and kernels of ``settings`` (0 threads: as many as were calibrated last).
+
+    A device that was not measured gets the catalogue's figures where its details have them, else it is left out.
+    """
+    found: dict[str, DeviceRates] = {}
+    for device in hardware.devices:
+        if any(p.device == device.name for p in calibration.products):
+            found[device.name] = _measured(calibration, device, settings)
+        elif device.kind in ("gpu", "igpu") and device.details.get("bandwidth_bytes_per_s"):
+            found[device.name] = catalogue_gpu(device)
+    drive = max((d.bytes_per_second for d in calibration.drives), default=0.0)
+    return Rates(found, Speed(drive, 0.1) if drive else None, calibration.notes)
+
+
+def _measured(calibration: Calibration, device: Device, settings: Settings) -> DeviceRates:
+    name, on_cpu = device.name, device.kind == "cpu"
+    products = [p for p in calibration.products if p.device == name]
+    layers = {row.threads: row for row in calibration.layers if row.device == name}
+    counted = sorted({p.threads for p in products})
+    threads = settings.threads or counted[-1]
+    if not on_cpu or threads not in counted:
+        threads = min(counted, key=lambda n: abs(n - threads))
+    # what was measured with all cores only is scaled to fewer by what was measured with both
+    scale = 1.0
+    if on_cpu and settings.threads and settings.threads != threads:
+        scale = settings.threads / threads
+    narrow = _best(
+        (p for p in products if p.batch == 1 and p.threads == threads),
+        settings.repack,
+        lambda p: p.bytes_per_second,
+    )
+    wide_threads = max(p.threads for p in products if p.batch > 1)
+    attention = [a for a in calibration.attention if a.device == name]
+    one_core = [a for a in attention if a.threads == 1 and a.threads != wide_threads]
+    many_cores = [a for a in attention if a.threads == wide_threads]
+    share = 1.0  # of the speed with all cores, for arithmetic
+    if on_cpu and settings.threads and settings.threads < wide_threads:
+        share = settings.threads / wide_threads
+    if one_core and threads == 1:
+        same = [
+            a
+            for a in many_cores
+            if (a.type, a.head_dim, a.cells, a.batch)
+            == (one_core[0].type, one_core[0].head_dim, one_core[0].cells, one_core[0].batch)
+        ]
+        if same:
+            share = one_core[0].elements_per_second / same[0].elements_per_second
+    wide = _best(
+        (p for p in products if p.batch > 1 and p.threads == wide_threads), settings.repack, _macs_per_second
+    )
+    layer = layers.get(threads) or next(iter(layers.values()), None)
+    elementwise = next((e for e in calibration.elementwise if e.device == name), None)
+    copies = [c for c in calibration.copies if c.device == name and c.to_device]
+    link = max(copies, key=lambda c: c.bytes_per_second, default=None)
+    split = next((s for s in calibration.splits if s.device == name), None)
+    return DeviceRates(
+        name,
+        device.kind,
+        "measured",
+        narrow={k: Speed(v.value * scale, v.spread) for k, v in narrow.items()},
+        wide={k: Speed(v.value * share, v.spread) for k, v in wide.items()},
+        other_narrow=_typical(narrow.values()),
+        other_wide=_typical(wide.values()),
+        attention=tuple(
+            AttentionSpeed(
+                a.type, a.head_dim, a.cells, a.batch > 1, Speed(a.elements_per_second * share, a.spread)
+            )
+            for a in many_cores
+        ),
+        memory=max(narrow.values(), key=lambda v: v.value),
+        layer_seconds=layer.layer_seconds if layer else 0.0,
+        moe_layer_seconds=layer.moe_layer_seconds if layer else 0.0,
+        token_seconds=layer.token_seconds if layer else 0.0,
+        wide_layer_seconds=elementwise.seconds * _WIDE_OPERATIONS / share if elementwise else 0.0,
+        link=Speed(link.bytes_per_second, link.spread) if link else None,
+        split_seconds=split.seconds if split else 0.0,
+        offloads=device.kind != "cpu" and device.backend not in ("RPC", "MTL"),
+    )
+
+
+# Passes over the hidden state of a wide batch in one layer: norms, rotary embedding, cache writes, activation (over
+# the wider feed-forward), sums.
+_WIDE_OPERATIONS = 14
+
+
+def _macs_per_second(product: Product) -> float:
+    kind = next(t for t in GGML_TYPES.values() if t.name == product.type)
+    return product.bytes_per_second / (kind.type_size / kind.block_size) * product.batch
+
+
+def _best(rows: Iterable[Product], repack: bool, value: Callable[[Product], float]) -> dict[str, Speed]:
+    """By type, the kernel that llama.cpp takes: the repacked one where there is one, unless it is switched off."""
+    found: dict[str, Product] = {}
+    for row in rows:
+        if row.type not in found or row.repacked == repack:
+            found[row.type] = row
+    return {name: Speed(value(row), row.spread) for name, row in found.items() if repack or not row.repacked}
+
+
+def _typical(speeds: Iterable[Speed]) -> Speed:
+    """For types that were not measured: the middle, and that it may be off by half."""
+    values = sorted(s.value for s in speeds)
+    return Speed(values[len(values) // 2], 0.5)
 
 
 def from_catalogue(hardware: Hardware) -> Rates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,8 +41,9 @@ def hardware(
     from tensortier import calibrate as calibration
     from tensortier.hardware import probe, render, to_json
 
-    found = probe(path, rpc=split_servers(rpc))
-    measured = _measure(found, path) if calibrate else calibration.load(found)
+    servers = split_servers(rpc)
+    found = probe(path, rpc=servers)
+    measured = _measure(found, path, servers) if calibrate else calibration.load(found)
     if json:
         answer = to_json(found)
         answer["calibration"] = None if measured is None else asdict(measured)
@@ -52,7 +54,7 @@ def hardware(
         calibration.render(measured, console())
 
 
-def _measure(found: Hardware, path: str | None) -> Calibration:
+def _measure(found: Hardware, path: str | None, rpc: Sequence[str]) -> Calibration:
     from pathlib import Path
 
     from tensortier import calibrate as calibration
@@ -60,8 +62,9 @@ def _measure(found: Hardware, path: str | None) -> Calibration:
     with progress_bar(sys.stderr.isatty(), "measuring") as report:
         measured = calibration.calibrate(
             found,
+            rpc=rpc,
             drive_path=Path(path) if path else None,
             progress=None if report is None else lambda fraction, _what: report(fraction),
         )
-    calibration.save(measured)
+    calibration.save(found, measured)
     return measured

@@ -1,0 +1,208 @@
+"""What this machine achieves: measured once, in under half a minute, and kept until something changes.
+
+Measured with the kernels, backends and file reads that a model runs on, not with a benchmark of something else:
+
+* products of weights with one column (decode) and many (prefill), by quantization type, device, threads and kernel
+  (repacked or not), attention by cache type, width and length, and copies (``kernels``);
+* the rest of a layer, and a graph that changes devices, through llama.cpp itself (``layers``);
+* the drive (``drive``).
+
+Other work on a machine only ever adds time, so each figure is the median of the faster half of its runs, and
+its spread the distance from there to the slowest of that half.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tensortier.calibrate.drive import measure_drive
+from tensortier.calibrate.kernels import (
+    MIB,
+    WIDE,
+    measure_attention,
+    measure_copy,
+    measure_elementwise,
+    measure_product,
+    robust,
+    steadiest,
+)
+from tensortier.calibrate.layers import Models, measure_layers, measure_split, models
+from tensortier.calibrate.records import (
+    Attention,
+    Calibration,
+    Copy,
+    DriveRead,
+    Elementwise,
+    LayerCost,
+    Product,
+    Split,
+    fingerprint,
+    load,
+    path,
+    save,
+)
+from tensortier.calibrate.report import render
+from tensortier.types import Device, Hardware
+
+__all__ = [
+    "Attention",
+    "Calibration",
+    "Copy",
+    "DriveRead",
+    "Elementwise",
+    "LayerCost",
+    "Product",
+    "Split",
+    "calibrate",
+    "fingerprint",
+    "load",
+    "measure_attention",
+    "measure_copy",
+    "measure_drive",
+    "measure_elementwise",
+    "measure_product",
+    "path",
+    "render",
+    "robust",
+    "save",
+]
+
+# What people's files hold. ggml numbers come from the table of the reader.
+TYPES = (
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "Q3_K",
+    "Q2_K",
+    "Q5_0",
+    "Q5_1",
+    "Q4_0",
+    "Q4_1",
+    "IQ4_XS",
+    "IQ4_NL",
+    "IQ3_XXS",
+    "IQ2_XXS",
+    "MXFP4",
+)
+REMOTE_TYPES = (
+    "F16",
+    "Q8_0",
+    "Q6_K",
+    "Q4_K",
+    "Q4_0",
+)  # over a network every operand takes its time to arrive
+KV_TYPES = ("F16", "Q8_0", "Q4_0")
+BUSY = 0.25  # cores that other processes may use before a note says the figures may be too low
+
+
+Row = Product | Attention | LayerCost | Elementwise | Copy | Split | None
+Job = tuple[str, Callable[[], Row]]
+
+
+def calibrate(
+    hardware: Hardware,
+    *,
+    rpc: Sequence[str] = (),
+    drive_path: Path | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> Calibration:
+    """Measures every device of ``hardware``, and the drive that ``drive_path`` (default: the cache) is on.
+
+    ``progress`` is called with the fraction done and what comes next. Takes under 30 s with one device. Run it
+    on a machine that does nothing else: a second busy process slows ggml's threads many times over.
+
+    Raises:
+        LibraryError: a device is gone, or has too little memory for the test's few hundred MiB.
+    """
+    started = time.perf_counter()
+    notes: list[str] = []
+    if (others := _busy_cores()) > BUSY:
+        notes.append(f"other processes were using {others:.1f} cores: the figures may be far too low")
+    rows: list[Row] = []
+    drives: list[DriveRead] = []
+    with models() as small:
+        jobs = [job for device in hardware.devices for job in _jobs(device, hardware, small, rpc)]
+        for i, (what, job) in enumerate(jobs):
+            if progress is not None:
+                progress(i / (len(jobs) + 1), what)
+            rows.append(job())
+    if progress is not None:
+        progress(len(jobs) / (len(jobs) + 1), "drive")
+    try:
+        drives += measure_drive(drive_path)
+    except OSError as exc:
+        notes.append(f"the drive was not measured: {exc.strerror or exc}")
+    if progress is not None:
+        progress(1.0, "done")
+    return Calibration(
+        fingerprint(hardware),
+        time.perf_counter() - started,
+        tuple(r for r in rows if isinstance(r, Product)),
+        tuple(r for r in rows if isinstance(r, Attention)),
+        tuple(r for r in rows if isinstance(r, LayerCost)),
+        tuple(r for r in rows if isinstance(r, Elementwise)),
+        tuple(r for r in rows if isinstance(r, Copy)),
+        tuple(r for r in rows if isinstance(r, Split)),
+        tuple(drives),
+        tuple(notes),
+    )
+
+
+def _jobs(device: Device, hardware: Hardware, small: Models, rpc: Sequence[str]) -> Iterator[Job]:
+    """What to measure of one device, each with its name."""
+    if device.kind not in ("cpu", "gpu", "igpu"):
+        return
+    cores = max(1, min(hardware.performance_cores, hardware.usable_cpus))
+    on_cpu = device.kind == "cpu"
+    remote = device.backend == "RPC"
+    threads = sorted({1, cores}) if on_cpu else [cores]
+    kernels = (False, True) if on_cpu else (False,)
+    name = device.name
+
+    def product(kind: str, n: int, batch: int, repack: bool) -> Callable[[], Row]:
+        size = (64 if n == 1 or remote else 192 if on_cpu else 512) * MIB
+        return lambda: steadiest(
+            lambda: measure_product(name, kind, threads=n, batch=batch, repack=repack, operand_bytes=size)
+        )
+
+    def attention(kind: str, n: int, width: int, cells: int, batch: int) -> Callable[[], Row]:
+        return lambda: steadiest(
+            lambda: measure_attention(name, kind, threads=n, head_dim=width, cells=cells, batch=batch)
+        )
+
+    for kind in REMOTE_TYPES if remote else TYPES:
+        for repack in kernels:
+            for n in threads:
+                yield f"{name} {kind}", product(kind, n, 1, repack)
+            yield f"{name} {kind} prefill", product(kind, cores, WIDE, repack)
+    for kind in KV_TYPES:
+        for width in (64, 128, 256) if kind == "F16" else (64, 128):
+            for cells in (512, 2048, 8192):
+                yield f"{name} attention {kind}", attention(kind, cores, width, cells, 1)
+        for width in (64, 128):
+            yield f"{name} attention {kind} prefill", attention(kind, cores, width, 2048, WIDE)
+    if on_cpu and cores > 1:
+        yield f"{name} attention", attention("F16", 1, 64, 2048, 1)
+    for n in threads:
+        yield f"{name} layers", lambda n=n: measure_layers(small, name, threads=n, rpc=rpc)  # type: ignore[misc]
+    yield f"{name} operations", lambda: measure_elementwise(name, threads=cores)
+    if not on_cpu:
+        for pinned in (False, True):
+            for to_device in (True, False):
+                yield (
+                    f"{name} copies",
+                    lambda p=pinned, t=to_device: measure_copy(name, to_device=t, pinned=p),  # type: ignore[misc]
+                )
+        yield f"{name} splits", lambda: measure_split(small, name, threads=cores, rpc=rpc)
+
+
+def _busy_cores() -> float:
+    """Cores that are at work now, while this process waits."""
+    import psutil
+
+    return float(psutil.cpu_percent(interval=0.3)) / 100 * (psutil.cpu_count() or 1)
