@@ -46,25 +46,34 @@ def check_model(plan: Plan, model: ModelInfo) -> None:
         here = "another with the same number of tensors and bytes, but other names, types or shapes"
     raise PlanError(
         f"this plan is for another model: it was made for {made_for or plan.model_id}, and {model.path} is "
-        f"{here}. Make a new plan with: tensortier plan {model.path} --json"
+        f"{here}. {_again(model.path)}"
     )
 
 
+def check_present(plan: Plan) -> None:
+    """Raises PlanError where ``plan`` was made for a machine that was only described."""
+    first, *parts = plan.machine_id.split("; ")
+    if first == _DESCRIBED:
+        raise PlanError(
+            f"this plan is for a machine that was only described ({', '.join(parts)}). {_again(plan.model)}"
+        )
+
+
 def check_machine(plan: Plan, hardware: Hardware) -> None:
-    """Raises PlanError where ``plan`` was made for another machine, or one that is not here; it says what
-    differs."""
+    """Raises PlanError where ``plan`` was made for another machine than ``hardware``; it says what differs."""
+    check_present(plan)
     if not plan.machine_id:
         return
     made_for, here = plan.machine_id.split("; "), of_machine(hardware).split("; ")
     if made_for == here:
         return
-    again = f"Make a new plan with: tensortier plan {plan.model} --json"
-    if made_for[0] == _DESCRIBED:
-        told = ", ".join(made_for[1:])
-        raise PlanError(f"this plan is for a machine that was only described ({told}). {again}")
     there = ", ".join(part for part in made_for if part not in here) or "fewer devices"
     now = ", ".join(part for part in here if part not in made_for) or "fewer devices"
-    raise PlanError(f"this plan is for another machine: there {there}; here {now}. {again}")
+    raise PlanError(f"this plan is for another machine: there {there}; here {now}. {_again(plan.model)}")
+
+
+def _again(model: str) -> str:
+    return f"Make a new plan with: tensortier plan {model} --json"
 
 
 def _describe(model: ModelInfo) -> str:

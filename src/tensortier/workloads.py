@@ -17,7 +17,7 @@ NAMED = {
         Workload("agent", prompt=1024, output=250, depth=16384),  # one tool call late in a long session
     )
 }
-_MOST = 1 << 24
+LONGEST = 1 << 24  # tokens of anything
 
 
 def parse(text: str) -> Workload:
@@ -37,7 +37,7 @@ def parse(text: str) -> Workload:
     if any(len(p) > 9 for p in parts):
         raise UsageError(f"workload {text!r}: more tokens than any context holds")
     prompt, output, depth = (int(p) for p in parts)
-    if max(prompt, output, depth) > _MOST:
+    if max(prompt, output, depth) > LONGEST:
         raise UsageError(f"workload {text!r}: more tokens than any context holds")
     if prompt < 1 or output < 1:
         raise UsageError(f"workload {text!r}: at least one token of prompt and one of output are needed")

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
-from tensortier import errors
+from tensortier import errors, workloads
 from tensortier.cli import main, run
-from tensortier.cli.session import Manual, Request, argument_text
-from tensortier.types import Sampling, Settings
+from tensortier.cli.deciding import Measure
+from tensortier.cli.placing import Manual, Undecided
+from tensortier.cli.session import Request, argument_text
+from tensortier.types import Sampling, Settings, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "tensortier.cli"]
@@ -56,17 +58,20 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
 def test_defaults_are_those_of_the_dataclasses(asked: list[Request]) -> None:
     assert main(["run", "-p", "hi"]) == 0
-    assert asked[0].settings == Settings()
+    assert asked[0].wish.settings == Settings()
+    assert asked[0].wish.undecided == Undecided(context=True, kv_type=True, ubatch=True)
+    assert asked[0].wish.workload is None
+    assert asked[0].wish.measure is Measure.IF_IT_DECIDES
     assert asked[0].sampling == Sampling()
-    assert not asked[0].manual.given
-    assert asked[0].model == "smollm2"
+    assert not asked[0].wish.manual.given
+    assert asked[0].wish.model == "smollm2"
 
 
 def test_options_spelled_as_llama_cpp_spells_them(asked: list[Request]) -> None:
     arguments = "run m.gguf -p hi -ngl 99 -ot x=CPU -ot blk\\.1=CPU,b=RPC0 -n 5 -ncmoe 3 -ncffn 2 -cmoe -nkvo"
     arguments += " -ts 3,1 -dev A,B -ub 64 -b 128 -ctk q8_0 -ctv q4_0 -fa on -t 2 -tb 3 -c 512 -s Be"
     assert main(arguments.split()) == 0
-    assert asked[0].manual == Manual(
+    assert asked[0].wish.manual == Manual(
         n_gpu_layers=99,
         override_tensors=("x=CPU", "blk\\.1=CPU,b=RPC0"),
         cpu_moe=True,
@@ -78,7 +83,7 @@ def test_options_spelled_as_llama_cpp_spells_them(asked: list[Request]) -> None:
     )
     assert asked[0].sampling.max_tokens == 5
     assert asked[0].system == "Be"
-    assert asked[0].settings == Settings(
+    assert asked[0].wish.settings == Settings(
         n_ctx=512,
         n_batch=128,
         n_ubatch=64,
@@ -99,13 +104,34 @@ def test_one_letter_options_keep_their_forms(asked: list[Request], arguments: li
 
 def test_a_batch_takes_the_micro_batch_down_with_it(asked: list[Request]) -> None:
     assert main(["run", "-p", "hi", "-b", "100"]) == 0
-    assert (asked[0].settings.n_batch, asked[0].settings.n_ubatch) == (100, 100)
+    assert (asked[0].wish.settings.n_batch, asked[0].wish.settings.n_ubatch) == (100, 100)
+
+
+def test_what_is_given_is_no_longer_open(asked: list[Request]) -> None:
+    for arguments, expected in [
+        ("-c 4096", Undecided(context=False)),
+        ("-ctk f16", Undecided(kv_type=False)),
+        ("-ctv q8_0", Undecided(kv_type=False)),
+        ("-fa off", Undecided(kv_type=False)),
+        ("-ub 512", Undecided(ubatch=False)),
+        ("-b 2048", Undecided(ubatch=False)),
+    ]:
+        assert main(["run", "-p", "hi", *arguments.split()]) == 0
+        assert asked[-1].wish.undecided == expected
+
+
+def test_workload_and_measuring(asked: list[Request]) -> None:
+    assert main(["run", "-p", "hi", "--workload", "512:64:1024", "--no-calibrate"]) == 0
+    assert asked[0].wish.workload == Workload("512:64:1024", 512, 64, 1024)
+    assert asked[0].wish.measure is Measure.NEVER
+    assert main(["run", "-p", "hi", "-w", "agent"]) == 0
+    assert asked[1].wish.workload == workloads.NAMED["agent"]
 
 
 def test_layers_auto_alone_leaves_the_plan_automatic(asked: list[Request]) -> None:
     assert main(["run", "-p", "hi", "-ngl", "auto"]) == 0
     assert main(["run", "-p", "hi", "-ngl", "0"]) == 0
-    assert [r.manual.given for r in asked] == [False, True]
+    assert [r.wish.manual.given for r in asked] == [False, True]
 
 
 def test_switches_reach_the_settings(asked: list[Request]) -> None:
@@ -120,8 +146,8 @@ def test_switches_reach_the_settings(asked: list[Request]) -> None:
         "::1:3",
     ]
     assert main(["run", "-p", "hi", *arguments]) == 0
-    assert asked[0].settings == Settings(repack=False, op_offload=False, load_mode="mmap+mlock")
-    assert asked[0].rpc == ("a:1", "b:2", "::1:3")
+    assert asked[0].wish.settings == Settings(repack=False, op_offload=False, load_mode="mmap+mlock")
+    assert asked[0].wish.rpc == ("a:1", "b:2", "::1:3")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +163,8 @@ def test_switches_reach_the_settings(asked: list[Request]) -> None:
         "-c 16777217", "-t 513", "-tb 513", "-b 99999999999", "-ub 99999999999", "-n 2147483648",
         "--top-k 2147483648", "-ngl 2147483648", "-ncmoe 2147483648", "-ts 1e308,1e308", "-f /dev/zero",
         "--grammar /dev/null", "-s \udcff", "--stop \udcff", "-p \udcff",
-        "--raw -s text", "--unknown", "m.gguf second", "--stop", "-ngl",
+        "--workload poem", "-w 1:2", "-ctv q8_0 -fa off", "--raw -s text", "--unknown", "m.gguf second",
+        "--stop", "-ngl",
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_in_one_line(

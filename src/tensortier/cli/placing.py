@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import Annotated
 
 import typer
 
@@ -17,29 +17,46 @@ from tensortier.cli.options import (
     LoadMode,
     choices,
 )
+from tensortier.cli.options import settings as batches
 from tensortier.errors import UsageError
 from tensortier.types import Settings
 
-if TYPE_CHECKING:
-    from tensortier.types import Hardware, ModelInfo, Plan
-
 _SETTINGS = Settings()
-TYPE_K = CacheType(_SETTINGS.type_k)
-TYPE_V = CacheType(_SETTINGS.type_v)
 FLASH = FlashAttention(_SETTINGS.flash_attention)
 LOAD_MODE = LoadMode(_SETTINGS.load_mode)
+_PLAIN = (CacheType.F32, CacheType.F16, CacheType.BF16)
 _CONTEXT = "Context and computation"
 _PLACE = "Manual placement (any of these replaces the automatic plan)"
 
+WorkloadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--workload",
+        "-w",
+        metavar="NAME|P:G:D",
+        help="What the model is asked to do, which decides what is fastest: chat, code, long-document, agent, or "
+        "tokens of prompt, of answer, and in the context before, such as 512:256:4096. Without it: chat.",
+        rich_help_panel=_CONTEXT,
+    ),
+]
+NoCalibrateOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-calibrate",
+        help="Do not measure this machine where no measurement is kept: no speeds are predicted then.",
+        rich_help_panel=_CONTEXT,
+    ),
+]
 ContextOption = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--context",
         "-c",
         metavar="N",
         min=0,
         max=MAX_CONTEXT,
-        help="Tokens that the model can see, answer included; 0: what it was trained for.",
+        help="Tokens that the model can see, answer included; 0: what it was trained for. Without it: what the "
+        f"workload needs, at least {_SETTINGS.n_ctx} where the model was trained for as many.",
         rich_help_panel=_CONTEXT,
     ),
 ]
@@ -63,22 +80,24 @@ UbatchOption = Annotated[
         metavar="N",
         min=1,
         max=MAX_CONTEXT,
-        help=f"Prompt tokens computed at once. Without it: {_SETTINGS.n_ubatch}, at most --batch.",
+        help=f"Prompt tokens computed at once. Without it: {_SETTINGS.n_ubatch}, at most --batch, or more where that "
+        "is faster.",
         rich_help_panel=_CONTEXT,
     ),
 ]
 CacheTypeKOption = Annotated[
-    CacheType,
+    CacheType | None,
     typer.Option(
         "--cache-type-k",
         "-ctk",
         metavar="TYPE",
-        help=f"Type of the K cache: {choices(CacheType)}.",
+        help=f"Type of the K cache: {choices(CacheType)}. Without this and the next: {_SETTINGS.type_k}, or q8_0 "
+        "where that is clearly faster.",
         rich_help_panel=_CONTEXT,
     ),
 ]
 CacheTypeVOption = Annotated[
-    CacheType,
+    CacheType | None,
     typer.Option(
         "--cache-type-v",
         "-ctv",
@@ -223,23 +242,40 @@ NoKvOffloadOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Undecided:
+    """What the user left open, and the planner chooses."""
+
+    context: bool = True
+    kv_type: bool = True
+    ubatch: bool = True
+
+
 def settings_of(
     *,
-    context: int,
-    cache_type_k: CacheType,
-    cache_type_v: CacheType,
+    context: int | None,
+    cache_type_k: CacheType | None,
+    cache_type_v: CacheType | None,
     flash_attention: FlashAttention,
     threads: int,
     threads_batch: int,
     load_mode: LoadMode,
     no_repack: bool,
     no_op_offload: bool,
-) -> Settings:
-    """The options as settings; batch sizes are added by ``options.settings``, which checks them all."""
-    return Settings(
-        n_ctx=context,
-        type_k=cache_type_k.value,
-        type_v=cache_type_v.value,
+    batch: int | None,
+    ubatch: int | None,
+) -> tuple[Settings, Undecided]:
+    """The options as settings, with the defaults for what was not given, and what that was.
+
+    Raises:
+        UsageError: batch sizes that contradict each other, or a V cache that llama.cpp would refuse.
+    """
+    if flash_attention is FlashAttention.OFF and cache_type_v not in (None, *_PLAIN):
+        raise UsageError(f"-ctv {cache_type_v} needs flash attention, which -fa off switches off")
+    settings = Settings(
+        n_ctx=_SETTINGS.n_ctx if context is None else context,
+        type_k=_SETTINGS.type_k if cache_type_k is None else cache_type_k.value,
+        type_v=_SETTINGS.type_v if cache_type_v is None else cache_type_v.value,
         flash_attention=flash_attention.value,
         threads=threads,
         threads_batch=threads_batch,
@@ -247,6 +283,13 @@ def settings_of(
         repack=not no_repack,
         op_offload=not no_op_offload,
     )
+    undecided = Undecided(
+        context=context is None,
+        # without flash attention llama.cpp takes no quantized V cache
+        kv_type=cache_type_k is None and cache_type_v is None and flash_attention is not FlashAttention.OFF,
+        ubatch=batch is None and ubatch is None,
+    )
+    return batches(settings, batch=batch, ubatch=ubatch), undecided
 
 
 @dataclass(frozen=True)
@@ -266,70 +309,3 @@ class Manual:
     @property
     def given(self) -> bool:
         return self != Manual()
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan with what it was made for."""
-
-    plan: Plan
-    model: ModelInfo
-    hardware: Hardware
-
-
-def make_plan(
-    name: str,
-    settings: Settings,
-    manual: Manual,
-    rpc: Sequence[str],
-    *,
-    vram: Sequence[int] = (),
-    ram: int | None = None,
-    elsewhere: Hardware | None = None,
-    remote: bool = False,
-) -> Planned:
-    """Read the model's header and the machine, and place everything. Raises the exceptions of those parts.
-
-    ``vram``: bytes that may be used of each GPU, or of all of them alike where it is one number; ``ram``: bytes
-    of main memory. Both only ever lower what is there. ``elsewhere``: a machine to plan for instead of this one.
-    ``remote``: the model may be a file behind ``hf://`` or ``https://``, of which only the header is read. For
-    either, bytes come from formulas, not from llama.cpp.
-    """
-    from tensortier import gguf, hardware, library, memory, placement, planner
-
-    away = gguf.is_remote(name)
-    if away and not remote:
-        raise UsageError(f"{name} is a remote file: it has to be on this machine, download it first")
-    source = name if away else library.find(name)
-    model = gguf.read(source)
-    machine = elsewhere or hardware.probe(None if away else source, rpc=rpc)
-    if vram or ram is not None:
-        machine = _limited(machine, vram, ram)
-    answers = None
-    if away or elsewhere is not None:
-        answers = memory.Formulas(model, {d.name: d.memory_free for d in machine.devices})
-    if not manual.given:
-        plan = planner.simple_plan(model, machine, settings, rpc=rpc, answers=answers)
-    else:
-        placed, warnings = placement.from_flags(model, machine, **vars(manual))
-        plan = planner.manual_plan(
-            model, machine, settings, placed, rpc=rpc, warnings=warnings, answers=answers
-        )
-    return Planned(plan, model, machine)
-
-
-def _limited(machine: Hardware, vram: Sequence[int], ram: int | None) -> Hardware:
-    from tensortier import placement
-
-    cards = [d.name for d in placement.gpus(machine)]
-    if vram and not cards:
-        raise UsageError("--vram has nothing to limit: there is no GPU here")
-    if len(vram) > 1 and len(vram) != len(cards):
-        raise UsageError(f"--vram has {len(vram)} sizes for {len(cards)} GPUs ({', '.join(cards)})")
-    limits = dict(zip(cards, vram if len(vram) > 1 else list(vram) * len(cards), strict=False))
-    devices = tuple(
-        replace(d, memory_free=min(d.memory_free, limits[d.name])) if d.name in limits else d
-        for d in machine.devices
-    )
-    available = machine.ram_available if ram is None else min(machine.ram_available, ram)
-    return replace(machine, devices=devices, ram_available=available)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tensortier.cli import placing
-from tensortier.cli.common import console, note, print_json, readable_size
-from tensortier.cli.options import RpcOption, device_list, gpu_layers, split_list, split_servers, tensor_split
-from tensortier.cli.options import settings as checked_settings
-from tensortier.cli.placing import Manual, Planned
+from tensortier.cli.common import console, note, print_json
+from tensortier.cli.deciding import Measure, Wish, make_plan
+from tensortier.cli.options import (
+    INT_MAX,
+    RpcOption,
+    device_list,
+    gpu_layers,
+    split_list,
+    split_servers,
+    tensor_split,
+)
+from tensortier.cli.placing import Manual
 from tensortier.errors import UsageError
 from tensortier.types import Settings
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from tensortier.types import Hardware
 
 _SETTINGS = Settings()
 _BUDGET = "Budget"
+_ELSEWHERE = "A machine that is not here"
+_OUTPUT = "Output"
 
 
 def plan(
@@ -51,9 +62,9 @@ def plan(
         typer.Option(
             "--gpu",
             metavar="NAME",
-            help="Plan for a machine that is not here, with this card, such as 'RTX 4060 8GB'. Repeat it for "
-            "several; needs --ram, and --memory or --cpu-bandwidth.",
-            rich_help_panel=_BUDGET,
+            help="Plan for a machine that is not here, with this card, such as 'RTX 4060 8GB', or with 'none'. "
+            "Repeat it for several; needs --ram, and --memory or --cpu-bandwidth.",
+            rich_help_panel=_ELSEWHERE,
         ),
     ] = None,
     cpu_bandwidth: Annotated[
@@ -63,7 +74,7 @@ def plan(
             metavar="GB/S",
             min=0.1,
             help="Of that machine's main memory.",
-            rich_help_panel=_BUDGET,
+            rich_help_panel=_ELSEWHERE,
         ),
     ] = None,
     main_memory: Annotated[
@@ -72,9 +83,46 @@ def plan(
             "--memory",
             metavar="NAME",
             help="That machine's main memory, such as 'DDR5-5600 x2'.",
-            rich_help_panel=_BUDGET,
+            rich_help_panel=_ELSEWHERE,
         ),
     ] = None,
+    drive: Annotated[
+        str | None,
+        typer.Option(
+            "--drive",
+            metavar="NAME",
+            help="That machine's drive, such as 'NVMe PCIe 4.0 x4' or 'SATA SSD'.",
+            rich_help_panel=_ELSEWHERE,
+        ),
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            "--link",
+            metavar="NAME",
+            help="What its cards are plugged into, such as 'PCIe 4.0 x8' or 'Thunderbolt 4'.",
+            rich_help_panel=_ELSEWHERE,
+        ),
+    ] = None,
+    cores: Annotated[
+        int | None,
+        typer.Option(
+            "--cores",
+            metavar="N",
+            min=1,
+            max=INT_MAX,
+            help="Its performance cores.",
+            rich_help_panel=_ELSEWHERE,
+        ),
+    ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Also show where the time goes, the plans that lost, what would help, and what was assumed.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
     target: Annotated[
         str | None,
         typer.Option(
@@ -82,16 +130,24 @@ def plan(
             metavar="ENGINE",
             help="Print it as another engine takes it: llama-server, llama-cli, llama-bench, ik_llama.cpp, "
             "koboldcpp, llama-cpp-python, ollama, lm-studio.",
+            rich_help_panel=_OUTPUT,
         ),
     ] = None,
     json: Annotated[
-        bool, typer.Option("--json", help="Print the plan file, which 'tensortier run --plan' takes.")
+        bool,
+        typer.Option(
+            "--json",
+            help="Print the plan file, which 'tensortier run --plan' takes.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = False,
-    context: placing.ContextOption = _SETTINGS.n_ctx,
+    workload: placing.WorkloadOption = None,
+    no_calibrate: placing.NoCalibrateOption = False,
+    context: placing.ContextOption = None,
     batch: placing.BatchOption = None,
     ubatch: placing.UbatchOption = None,
-    cache_type_k: placing.CacheTypeKOption = placing.TYPE_K,
-    cache_type_v: placing.CacheTypeVOption = placing.TYPE_V,
+    cache_type_k: placing.CacheTypeKOption = None,
+    cache_type_v: placing.CacheTypeVOption = None,
     flash_attention: placing.FlashOption = placing.FLASH,
     threads: placing.ThreadsOption = _SETTINGS.threads,
     threads_batch: placing.ThreadsBatchOption = _SETTINGS.threads_batch,
@@ -108,24 +164,23 @@ def plan(
     device: placing.DeviceOption = None,
     no_kv_offload: placing.NoKvOffloadOption = False,
 ) -> None:
-    """Show where every tensor and the KV cache would go, with the exact bytes per device, without loading.
+    """Show where every tensor and the KV cache would go, with the exact bytes per device and the speed, without
+    loading.
 
-    Without placement options everything goes on the GPU if it fits, else attention and the KV cache first.
+    Without placement options the fastest placement for the workload is looked for. The first time, this machine
+    is measured for it.
     """
-    if json and target is not None:
-        raise UsageError("--json and --for are two ways to print the plan: use one of them")
-    settings = checked_settings(
-        placing.settings_of(
-            context=context,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
-            flash_attention=flash_attention,
-            threads=threads,
-            threads_batch=threads_batch,
-            load_mode=load_mode,
-            no_repack=no_repack,
-            no_op_offload=no_op_offload,
-        ),
+    _check_outputs(json=json, target=target, explain=explain)
+    settings, undecided = placing.settings_of(
+        context=context,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+        flash_attention=flash_attention,
+        threads=threads,
+        threads_batch=threads_batch,
+        load_mode=load_mode,
+        no_repack=no_repack,
+        no_op_offload=no_op_offload,
         batch=batch,
         ubatch=ubatch,
     )
@@ -139,67 +194,103 @@ def plan(
         devices=device_list(device),
         kv_on_device=not no_kv_offload,
     )
-    from tensortier import export, planfile
-    from tensortier.catalogue import hypothetical, parse_bytes
-
-    elsewhere = None
-    if gpu:
-        if ram is None:
-            raise UsageError("--gpu describes another machine: say its main memory too, such as --ram 32GiB")
-        if rpc:
-            raise UsageError("--gpu describes another machine: --rpc cannot be asked from here")
-        elsewhere = hypothetical(gpu, parse_bytes(ram), cpu_bandwidth=cpu_bandwidth, memory=main_memory)
-    elif cpu_bandwidth is not None or main_memory is not None:
-        raise UsageError("--cpu-bandwidth and --memory describe another machine: give its --gpu too")
+    from tensortier import export, planfile, workloads
+    from tensortier.catalogue import parse_bytes
 
     if target is not None and target not in export.TARGETS:
         raise export.unknown(target)
-    planned = placing.make_plan(
-        model,
-        settings,
-        manual,
-        split_servers(rpc),
-        vram=tuple(parse_bytes(size) for size in split_list([vram])) if vram is not None else (),
-        ram=None if ram is None or elsewhere is not None else parse_bytes(ram),
-        elsewhere=elsewhere,
-        remote=True,
+    elsewhere = _described(
+        gpu,
+        ram,
+        cpu_bandwidth=cpu_bandwidth,
+        memory=main_memory,
+        drive=drive,
+        cores=cores,
+        link=link,
+        rpc=bool(rpc),
     )
+    planned = make_plan(
+        Wish(
+            model,
+            settings,
+            undecided,
+            manual,
+            split_servers(rpc),
+            None if workload is None else workloads.parse(workload),
+            Measure.NEVER if no_calibrate else Measure.ALWAYS,
+            vram=() if vram is None else _sizes(vram),
+            ram=None if ram is None or elsewhere is not None else parse_bytes(ram),
+            elsewhere=elsewhere,
+            remote=True,
+        )
+    )
+    from tensortier.cli import show
+
     if json:
         print_json(planfile.to_dict(planned.plan))
     elif target is not None:
         print(export.render(export.export(planned.plan, planned.model, target)), end="")
     else:
-        _show(planned, console())
+        show.plan(planned, console(), explain=explain)
         return
     for warning in (*planned.hardware.warnings, *planned.plan.warnings):
         note(f"warning: {warning}")
 
 
-def _show(planned: Planned, out: Console) -> None:
-    from rich.table import Table
+def _check_outputs(*, json: bool, target: str | None, explain: bool) -> None:
+    if json and target is not None:
+        raise UsageError("--json and --for are two ways to print the plan: use one of them")
+    if explain and (json or target is not None):
+        other = "--json holds all of that already" if json else "--for prints another engine's command"
+        raise UsageError(f"--explain is for a reader, and {other}: use one of them")
 
-    plan, free = planned.plan, {d.name: d.memory_free for d in planned.hardware.devices}
-    free["CPU"] = planned.hardware.ram_available
-    settings, name = plan.settings, planned.model.name or plan.model
-    context = settings.n_ctx or planned.model.context_length
-    out.print(f"{name}: {readable_size(planned.model.nbytes)} of weights", markup=False)
-    out.print(f"context {context}, KV cache {settings.type_k} and {settings.type_v}", markup=False)
-    table = Table()
-    for name in ("device", "weights", "KV cache", "compute", "total", "free"):
-        table.add_column(name, justify="left" if name == "device" else "right")
-    for row in plan.memory:
-        sizes = (row.weights_bytes, row.kv_bytes, row.compute_bytes, row.total_bytes)
-        here = readable_size(free[row.device]) if row.device in free else "unknown"
-        table.add_row(row.device, *(readable_size(size) for size in sizes), here)
-    out.print(table)
-    for reason in plan.reasons:
-        out.print(reason, markup=False)
-    for override in plan.placement.overrides:
-        out.print(f"  {override.pattern} -> {override.device}", markup=False)
-    out.print(
-        f"threads {plan.settings.threads}, load mode {plan.settings.load_mode}, "
-        f"micro-batch {plan.settings.n_ubatch}",
-        markup=False,
+
+def _sizes(text: str) -> tuple[int, ...]:
+    from tensortier.catalogue import parse_bytes
+
+    sizes = tuple(parse_bytes(size) for size in split_list([text]))
+    if not sizes:
+        raise UsageError("--vram needs a size, such as 8GiB")
+    return sizes
+
+
+def _described(
+    gpus: Sequence[str] | None,
+    ram: str | None,
+    *,
+    cpu_bandwidth: float | None,
+    memory: str | None,
+    drive: str | None,
+    cores: int | None,
+    link: str | None,
+    rpc: bool,
+) -> Hardware | None:
+    """The machine that the options describe; None where they describe none."""
+    from tensortier.catalogue import hypothetical, parse_bytes
+
+    if not gpus:
+        given = {"--cpu-bandwidth": cpu_bandwidth, "--memory": memory, "--drive": drive}
+        given |= {"--cores": cores, "--link": link}
+        lone = [option for option, value in given.items() if value is not None]
+        if lone:
+            raise UsageError(
+                f"{' and '.join(lone)} describe{'s' if len(lone) == 1 else ''} another machine: give its --gpu too "
+                "('none' if it has none)"
+            )
+        return None
+    if ram is None:
+        raise UsageError("--gpu describes another machine: say its main memory too, such as --ram 32GiB")
+    if rpc:
+        raise UsageError("--gpu describes another machine: --rpc cannot be asked from here")
+    cards = [name for name in gpus if name.strip().lower() != "none"]
+    if len(cards) < len(gpus) and len(gpus) > 1:
+        raise UsageError("--gpu none is for a machine without a card: give it alone")
+    return hypothetical(
+        cards,
+        parse_bytes(ram),
+        cpu_bandwidth=cpu_bandwidth,
+        memory=memory,
+        drive=drive,
+        cores=cores,
+        link=link,
     )
-    for warning in (*planned.hardware.warnings, *plan.warnings):
-        out.print(f"warning: {warning}", markup=False)

@@ -9,6 +9,7 @@ import typer
 
 from tensortier.cli import placing
 from tensortier.cli.common import is_verbose, set_verbose
+from tensortier.cli.deciding import Measure, Wish
 from tensortier.cli.options import (
     INT_MAX,
     RpcOption,
@@ -18,7 +19,6 @@ from tensortier.cli.options import (
     tensor_split,
 )
 from tensortier.cli.options import sampling as checked_sampling
-from tensortier.cli.options import settings as checked_settings
 from tensortier.cli.placing import (
     BatchOption,
     CacheTypeKOption,
@@ -32,6 +32,7 @@ from tensortier.cli.placing import (
     Manual,
     NCpuFfnOption,
     NCpuMoeOption,
+    NoCalibrateOption,
     NoKvOffloadOption,
     NoOpOffloadOption,
     NoRepackOption,
@@ -40,6 +41,8 @@ from tensortier.cli.placing import (
     ThreadsBatchOption,
     ThreadsOption,
     UbatchOption,
+    Undecided,
+    WorkloadOption,
 )
 from tensortier.cli.session import (
     Request,
@@ -61,12 +64,13 @@ _CHOICE = "Sampling"
 
 def run(
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="MODEL",
+            show_default=DEFAULT_MODEL,
             help="A GGUF file (of a split one the first) or a name from 'tensortier models'.",
         ),
-    ] = DEFAULT_MODEL,
+    ] = None,
     # what is asked, and how the answer is shown
     prompt: Annotated[
         str | None,
@@ -244,11 +248,13 @@ def run(
         ),
     ] = None,
     # how the context is made and computed
-    context: ContextOption = _SETTINGS.n_ctx,
+    workload: WorkloadOption = None,
+    no_calibrate: NoCalibrateOption = False,
+    context: ContextOption = None,
     batch: BatchOption = None,
     ubatch: UbatchOption = None,
-    cache_type_k: CacheTypeKOption = placing.TYPE_K,
-    cache_type_v: CacheTypeVOption = placing.TYPE_V,
+    cache_type_k: CacheTypeKOption = None,
+    cache_type_v: CacheTypeVOption = None,
     flash_attention: FlashOption = placing.FLASH,
     threads: ThreadsOption = _SETTINGS.threads,
     threads_batch: ThreadsBatchOption = _SETTINGS.threads_batch,
@@ -262,8 +268,8 @@ def run(
         typer.Option(
             "--plan",
             metavar="FILE",
-            help="Run this plan, which 'tensortier plan --json' wrote, with its model; not together with other "
-            "options of placement or computation.",
+            help="Run this plan, which 'tensortier plan --json' wrote, with its model, or with MODEL where that has "
+            "moved; not together with other options of placement or computation.",
         ),
     ] = None,
     n_gpu_layers: GpuLayersOption = None,
@@ -277,7 +283,7 @@ def run(
 ) -> None:
     """Chat with a model in the terminal, or answer one prompt (-p, -f or piped data) and leave.
 
-    Without placement options everything goes on the GPU if it fits, else attention and the KV cache first.
+    Without placement options the fastest placement for the workload is looked for, as 'tensortier plan' shows it.
     The answer goes to standard output, everything else to standard error.
     """
     set_verbose(verbose or is_verbose())
@@ -298,18 +304,16 @@ def run(
             grammar=None if grammar is None else read_grammar(grammar),
         )
     )
-    settings = checked_settings(
-        placing.settings_of(
-            context=context,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
-            flash_attention=flash_attention,
-            threads=threads,
-            threads_batch=threads_batch,
-            load_mode=load_mode,
-            no_repack=no_repack,
-            no_op_offload=no_op_offload,
-        ),
+    settings, undecided = placing.settings_of(
+        context=context,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+        flash_attention=flash_attention,
+        threads=threads,
+        threads_batch=threads_batch,
+        load_mode=load_mode,
+        no_repack=no_repack,
+        no_op_offload=no_op_offload,
         batch=batch,
         ubatch=ubatch,
     )
@@ -326,9 +330,15 @@ def run(
     servers = split_servers(rpc)
     given = None if plan is None else read_plan(plan)
     if given is not None:
-        if model != DEFAULT_MODEL or manual.given or servers or settings != Settings():
-            raise UsageError("--plan says the model, its placement and its settings: give it alone")
-        model = given.model
+        stated = (settings, undecided, workload, no_calibrate) != (Settings(), Undecided(), None, False)
+        if manual.given or servers or stated:
+            raise UsageError("--plan says the placement and the settings: give it alone, or with the model")
+        model = given.model if model is None else model
+    asked = None
+    if workload is not None:
+        from tensortier import workloads
+
+        asked = workloads.parse(workload)
     question = read_prompt(None if prompt is None else argument_text(prompt, "--prompt"), file)
     if question is None and (json or raw):
         raise UsageError(f"{'--json' if json else '--raw'} needs a prompt: give -p, -f or pipe one in")
@@ -336,7 +346,15 @@ def run(
         raise UsageError("--raw has no place for a system prompt: put it at the start of the prompt")
     run_session(
         Request(
-            model=model,
+            wish=Wish(
+                DEFAULT_MODEL if model is None else model,
+                settings,
+                undecided,
+                manual,
+                servers,
+                asked,
+                Measure.NEVER if no_calibrate else Measure.IF_IT_DECIDES,
+            ),
             prompt=question,
             system=None if system is None else argument_text(system, "--system"),
             raw=raw,
@@ -344,9 +362,6 @@ def run(
             verbose=verbose,
             quiet=quiet,
             sampling=sampling,
-            settings=settings,
-            manual=manual,
-            rpc=servers,
             plan=given,
         )
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +24,16 @@ from tensortier.cli.answer import (
     stream_answer,
 )
 from tensortier.cli.common import note, progress_bar
-from tensortier.cli.placing import Manual, make_plan
+from tensortier.cli.deciding import Planned, Wish, given_plan, make_plan, plan_with_less
 from tensortier.cli.worker import EXIT_INTERRUPTED, EngineThread
-from tensortier.errors import Cancelled, PlanError, UsageError
-from tensortier.types import Plan, Sampling, Settings
+from tensortier.errors import Cancelled, OutOfMemory, PlanError, UsageError
+from tensortier.types import Plan, Sampling
 
 if TYPE_CHECKING:
     from tensortier.engine import Engine
 
 _LONGEST_TEXT = 64 << 20  # bytes
+_PLANS_AGAIN = 3  # after allocations that failed
 _WAIT_SECONDS = 2.0  # for piped data, before a line says what the program waits for
 
 
@@ -40,7 +41,7 @@ _WAIT_SECONDS = 2.0  # for piped data, before a line says what the program waits
 class Request:
     """What ``run`` was asked. ``prompt`` None is a chat."""
 
-    model: str
+    wish: Wish
     prompt: str | None
     system: str | None
     raw: bool
@@ -48,10 +49,7 @@ class Request:
     verbose: bool
     quiet: bool
     sampling: Sampling
-    settings: Settings
-    manual: Manual
-    rpc: Sequence[str]
-    plan: Plan | None = None  # from a file; then settings, manual and rpc say nothing
+    plan: Plan | None = None  # from a file; then the wish says nothing but the model
 
 
 def argument_text(value: str, option: str) -> str:
@@ -122,27 +120,26 @@ def _read_standard_input() -> str:
 
 def read_plan(path: Path) -> Plan:
     """The plan in a file that ``tensortier plan --json`` wrote. Raises UsageError, PlanError."""
-    import json
-
     from tensortier import planfile
 
+    text = _read_text(path, "the plan file")
     try:
-        return planfile.from_dict(json.loads(_read_text(path, "the plan file")))
-    except ValueError as exc:
-        raise PlanError(f"the plan file {path} is not JSON: {exc}") from exc
+        return planfile.parse(text)
+    except PlanError as exc:
+        raise PlanError(f"the plan file {path} cannot be used: {exc}") from exc
 
 
 def run_session(request: Request) -> None:
     """Plan, load, answer. Raises ``typer.Exit(130)`` after a Ctrl-C that ended it."""
     if request.plan is not None:
-        plan = request.plan
+        planned, plan = None, given_plan(request.plan, request.wish.model)
     else:
-        planned = make_plan(request.model, request.settings, request.manual, request.rpc)
+        planned = make_plan(request.wish, quiet=request.quiet)
         plan = planned.plan
     print_plan(plan, quiet=request.quiet)
     worker = EngineThread()
     try:
-        engine = _load(plan, worker, request)
+        engine, plan = _load_or_plan_again(plan, planned, worker, request)
         try:
             if request.prompt is None:
                 _chat(engine, worker, request)
@@ -152,6 +149,23 @@ def run_session(request: Request) -> None:
             worker.call(engine.close, lambda: None)
     finally:
         worker.close()
+
+
+def _load_or_plan_again(
+    plan: Plan, planned: Planned | None, worker: EngineThread, request: Request
+) -> tuple[Engine, Plan]:
+    """The engine and the plan that was loaded. Where memory does not suffice after all, a plan that was made here
+    is made again with less of it; one that somebody gave is not changed."""
+    for _ in range(_PLANS_AGAIN):
+        try:
+            return _load(plan, worker, request), plan
+        except OutOfMemory as exc:
+            if planned is None or request.wish.manual.given:
+                raise
+            planned = plan_with_less(planned, exc)
+            plan = planned.plan
+            note(f"tensortier: warning: {exc}; planned again: {'; '.join(plan.reasons)}")
+    return _load(plan, worker, request), plan
 
 
 def _load(plan: Plan, worker: EngineThread, request: Request) -> Engine:
@@ -177,7 +191,7 @@ def _one_shot(engine: Engine, worker: EngineThread, plan: Plan, request: Request
     if request.raw:
         ask = partial(engine.complete, prompt, request.sampling)
     else:
-        messages = Conversation(request.model, request.system).messages
+        messages = Conversation(request.wish.model, request.system).messages
         messages.append({"role": "user", "content": prompt})
         ask = partial(engine.chat, messages, request.sampling)
     answer = stream_answer(engine, worker, ask, show=not request.json)
@@ -209,8 +223,8 @@ def _chat(engine: Engine, worker: EngineThread, request: Request) -> None:
         return [first, loaded, *memory_lines(engine)]
 
     if not request.quiet:
-        note("Chat with " + request.model + "; /help lists the commands, Ctrl-D leaves")
-    conversation = Conversation(request.model, request.system)
+        note("Chat with " + request.wish.model + "; /help lists the commands, Ctrl-D leaves")
+    conversation = Conversation(request.wish.model, request.system)
     chat = Chat(conversation, answer, stats=stats, read_line=_line_reader(), say=note)
     if not chat.run():
         raise typer.Exit(EXIT_INTERRUPTED)

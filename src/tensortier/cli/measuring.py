@@ -1,0 +1,86 @@
+"""What this machine achieves, for a plan: the measurement that is kept, or a new one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tensortier.cli.common import note, progress_bar
+from tensortier.errors import LibraryError, UsageError
+from tensortier.types import Device, Hardware, Settings
+
+if TYPE_CHECKING:
+    from tensortier.rates import Rates
+
+_SECONDS = 30  # that measuring takes at most
+# Where neither a measurement nor the user says it: two channels of DDR4-3200. Enough to choose a placement by, as
+# main memory is far slower than a card's; not enough to promise a speed.
+_ASSUMED_MAIN_MEMORY = 51.2e9
+
+
+def kept(machine: Hardware, settings: Settings) -> Rates | None:
+    """From the measurement that is kept of this machine as it is now; None where there is none."""
+    from tensortier import calibrate, rates
+
+    found = calibrate.load(machine)
+    return None if found is None else _complete(rates.from_calibration(found, machine, settings), machine)
+
+
+def measured(machine: Hardware, settings: Settings, rpc: Sequence[str], *, quiet: bool) -> Rates | None:
+    """Measure this machine, with the servers ``rpc`` that are part of it, and keep that. None, and a line that says
+    why, where a device cannot be measured."""
+    from tensortier import calibrate, rates
+
+    if not quiet:
+        note(f"measuring this machine once, up to {_SECONDS} s (--no-calibrate skips it) ...")
+    try:
+        with progress_bar(sys.stderr.isatty() and not quiet, "measuring") as report:
+            found = calibrate.calibrate(
+                machine,
+                rpc=rpc,
+                progress=None if report is None else lambda fraction, _what: report(fraction),
+            )
+    except LibraryError as exc:
+        note(f"tensortier: warning: this machine could not be measured, so no speeds are predicted: {exc}")
+        return None
+    calibrate.save(machine, found)
+    return _complete(rates.from_calibration(found, machine, settings), machine)
+
+
+def assumed(machine: Hardware) -> Rates | None:
+    """To choose a placement by, not to promise a speed: the catalogue's figures of the cards that are here, and a
+    usual main memory. None where a card is not in the catalogue."""
+    from tensortier import catalogue, placement, rates
+
+    offloaded = {card.name for card in placement.gpus(machine)}
+    devices: list[Device] = []
+    for device in machine.devices:
+        if device.kind == "cpu":
+            details = {**device.details, "bandwidth_bytes_per_s": _ASSUMED_MAIN_MEMORY}
+        elif device.name in offloaded:
+            try:
+                card = catalogue.find_gpu(device.description)
+            except UsageError:
+                return None
+            bandwidth = card.bandwidth_bytes_per_s or _ASSUMED_MAIN_MEMORY
+            details = {**device.details, "bandwidth_bytes_per_s": bandwidth, "fp16_flops": card.fp16_flops}
+            details |= {"fp32_flops": card.fp32_flops, "shares_main_memory": card.unified}
+        else:
+            continue
+        devices.append(replace(device, details=details))
+    return rates.from_catalogue(replace(machine, devices=tuple(devices)))
+
+
+def _complete(found: Rates, machine: Hardware) -> Rates | None:
+    """``found``, unless a device is missing that layers may go to."""
+    from tensortier import placement
+
+    missing = [c.name for c in placement.gpus(machine) if c.name not in found.devices]
+    if not missing and "CPU" in found.devices:
+        return found
+    note(
+        f"tensortier: warning: {', '.join(missing or ['CPU'])} could not be measured: no speeds are predicted"
+    )
+    return None
