@@ -44,8 +44,9 @@ ContextPtr make_context(size_t tensors, size_t graph_nodes) {
     return ContextPtr(api().ggml_init({api().ggml_tensor_overhead() * (tensors + 8) + graph, nullptr, true}));
 }
 
-// Fills a tensor with quantized noise: a few rows are made and laid over all of it.
-bool fill(tt::Tensor * tensor) {
+// Quantized noise for a tensor: a few rows are made and laid over all of it. Empty where ggml does not
+// quantize to its type.
+std::vector<char> noise_for(const tt::Tensor * tensor) {
     const int64_t width = tensor->ne[0];
     const int64_t rows = tensor->ne[1] * tensor->ne[2] * tensor->ne[3];
     const int64_t made = rows < 16 ? rows : 16;
@@ -62,7 +63,7 @@ bool fill(tt::Tensor * tensor) {
         const std::vector<float> importance(static_cast<size_t>(width), 1.0f);
         if (api().ggml_quantize_chunk(tensor->type, values.data(), bytes.data(), 0, made, width,
                                       importance.data()) != bytes.size()) {
-            return false;
+            return {};
         }
     }
     // Whole tensors at once: buffers that reorder weights accept no parts.
@@ -71,8 +72,15 @@ bool fill(tt::Tensor * tensor) {
         std::memcpy(all.data() + static_cast<size_t>(row) * row_bytes,
                     bytes.data() + static_cast<size_t>(row % made) * row_bytes, row_bytes);
     }
-    api().ggml_backend_tensor_set(tensor, all.data(), 0, all.size());
-    return true;
+    return all;
+}
+
+bool fill(tt::Tensor * tensor) {
+    const std::vector<char> all = noise_for(tensor);
+    if (!all.empty()) {
+        api().ggml_backend_tensor_set(tensor, all.data(), 0, all.size());
+    }
+    return !all.empty();
 }
 
 // The buffer type in which the CPU backend reorders weights, if it has one for this product.
@@ -117,17 +125,25 @@ BufferPtr allocate(const ContextPtr & context, tt::BufferType * buft, char * err
     return buffer;
 }
 
-// Runs a graph once to warm up and then `capacity` times.
+// Threads that slept take some time to run at full speed again, on a virtual machine longer than a small
+// graph.
+constexpr double WARM_UP_SECONDS = 0.03;
+
+// Runs a graph to warm up, at least once, and then `capacity` times.
 int time_graph(tt::Backend * backend, tt::Graph * graph, double * seconds, int capacity, char * error,
                size_t error_size) {
+    double warm = 0.0;
     for (int run = -1; run < capacity; ++run) {
         const auto start = std::chrono::steady_clock::now();
         if (api().ggml_backend_graph_compute(backend, graph) != 0) {
             return fail(error, error_size, "the backend failed to compute");
         }
         api().ggml_backend_synchronize(backend);
+        const double taken = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         if (run >= 0) {
-            seconds[run] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+            seconds[run] = taken;
+        } else if ((warm += taken) < WARM_UP_SECONDS) {
+            --run;
         }
     }
     return capacity;
@@ -205,11 +221,13 @@ int tt_bench_mul_mat(const tt_mul_mat_bench * bench, double * seconds, int capac
     }
     // weights count as such for the backends that treat them apart
     api().ggml_backend_buffer_set_usage(weight_buffer.get(), 1);
+    const std::vector<char> noise = noise_for(product->src[0]); // the same for all
+    if (noise.empty()) {
+        return fail(error, error_size, "ggml does not quantize to this type");
+    }
     for (size_t i = 0; i < count; ++i) {
         tt::Tensor * weight = api().ggml_graph_node(graph, static_cast<int>(i))->src[0];
-        if (!fill(weight)) {
-            return fail(error, error_size, "ggml does not quantize to this type");
-        }
+        api().ggml_backend_tensor_set(weight, noise.data(), 0, noise.size());
     }
     if (!fill(input)) {
         return fail(error, error_size, "the input could not be filled");

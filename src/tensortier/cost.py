@@ -231,7 +231,7 @@ class Costs:
             return Spent({})  # only drafts tokens, which we do not ask for
         homes = dict(zip((t.name for t in moved), where, strict=True))
         parts = [
-            self._product(t, homes.get(t.name, device), tokens, device)
+            self._product(t, homes.get(t.name, device), tokens)
             for t in self._layers[layer]
             if len(t.shape) >= 2
         ]
@@ -240,7 +240,7 @@ class Costs:
         parts.append(self._excursions(layer, device, where, tokens))
         return total(parts)
 
-    def _product(self, tensor: Tensor, home: str, tokens: int, near: str | None = None) -> Spent:
+    def _product(self, tensor: Tensor, home: str, tokens: int) -> Spent:
         """A weight at ``home`` times ``tokens`` columns."""
         share = read_per_token(self.model, tensor) if tensor.role is not Role.EMBEDDING else 1.0
         rates = self.rates.of(home)
@@ -251,9 +251,8 @@ class Costs:
             helper = self.rates.of(self._helper)
             link = helper.link or helper.memory
             copied = Spent({"link": nbytes / link.value}, nbytes / link.value * link.spread)
-            return total([copied, _weights(helper, tensor.qtype, nbytes, macs)])
-        del near
-        return _weights(rates, tensor.qtype, nbytes, macs if tokens > 1 else 0.0)
+            return total([copied, _weights(helper, tensor, touched, macs)])
+        return _weights(rates, tensor, touched, macs if tokens > 1 else 0.0)
 
     def _attention(self, layer: int, device: str, tokens: int) -> Spent:
         model = self.model
@@ -267,7 +266,9 @@ class Costs:
             width = 2 * model.kv_lora_rank + model.n_rot  # keys are the latent vector and the rotary part
         elif _is_windowed(model, layer) and model.head_dim_k_swa:
             width = model.head_dim_k_swa + model.head_dim_v_swa
-        elements = model.n_head[layer] * width * max(1, live) * tokens
+        elements: float = model.n_head[layer] * width * max(1, live) * tokens
+        if tokens == 1 and rates.kind == "cpu" and self.settings.type_k in _SPLIT_TYPES:
+            elements *= _imbalance(live, rates.threads)
         speed = attention_speed(rates, self.settings.type_k, width // 2, live, tokens > 1)
         seconds, slack = elements / speed.value, elements / speed.value * speed.spread
         # a device that shares keys and values among the query heads of a group is bound by reading them once
@@ -324,6 +325,21 @@ class Costs:
         return min(live, self.model.sliding_window) if _is_windowed(self.model, layer) else live
 
 
+# Of the KV cache: for one token, ggml's CPU attention gives each thread an equal share of the cells it looks at,
+# which llama.cpp rounds up; the cells beyond the live ones cost nothing, so the threads that have them wait.
+_SPLIT_TYPES = ("f16", "f32")
+_SPLIT_FROM = 512  # cells
+
+
+def _imbalance(live: int, threads: int) -> float:
+    """How many times longer attention takes than with equal live shares."""
+    seen = formulas.padded(live + 1)
+    if seen < _SPLIT_FROM:
+        return 1.0
+    share = math.ceil(seen / threads)
+    return max(1.0, min(live, share) * threads / max(1, live))
+
+
 def _is_windowed(model: ModelInfo, layer: int) -> bool:
     return bool(model.swa_layers) and model.swa_layers[layer] and model.sliding_window > 0
 
@@ -332,17 +348,25 @@ def _is_matrix(tensor: Tensor) -> bool:
     return len(tensor.shape) >= 2 and tensor.role is not Role.ROUTER
 
 
-def _weights(rates: DeviceRates, qtype: str, nbytes: float, macs: float) -> Spent:
-    """Reading ``nbytes`` while they are multiplied, or ``macs`` multiply-adds where those take longer."""
-    narrow = rates.narrow.get(qtype, rates.other_narrow)
-    seconds, slack = nbytes / narrow.value, nbytes / narrow.value * narrow.spread
+def _weights(rates: DeviceRates, tensor: Tensor, touched: float, macs: float) -> Spent:
+    """Reading the share ``touched`` of a weight while it is multiplied, or ``macs`` multiply-adds where those take
+    longer."""
+    nbytes, rows = tensor.nbytes * touched, tensor.n_elements / tensor.shape[0] * touched
+    narrow = rates.narrow.get(_read_as(tensor.qtype), rates.other_narrow)
+    seconds = narrow.seconds(nbytes, rows)
+    slack = seconds * narrow.spread
     if macs:
-        wide = rates.wide.get(qtype, rates.other_wide)
         # a few columns wait for memory like one; many are arithmetic
-        seconds, slack = max(
-            (nbytes / rates.memory.value, 0.0), (macs / wide.value, macs / wide.value * wide.spread)
-        )
+        table = rates.wide_experts if tensor.role.is_routed_expert else rates.wide
+        wide = table.get(_read_as(tensor.qtype)) or rates.wide.get(tensor.qtype, rates.other_wide)
+        arithmetic = macs / wide.value
+        seconds, slack = max((nbytes / rates.memory.value, 0.0), (arithmetic, arithmetic * wide.spread))
     return Spent({f"weights on {rates.device}": seconds}, slack)
+
+
+def _read_as(qtype: str) -> str:
+    """The type whose measured speed in bytes holds for it: plain numbers are all bound by memory."""
+    return "F16" if qtype == "F32" else qtype
 
 
 def attention_speed(rates: DeviceRates, kv_type: str, head_dim: int, cells: int, many: bool) -> Speed:

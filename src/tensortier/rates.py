@@ -6,11 +6,12 @@ interval that such an assumption deserves; an estimate made of them says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tensortier.calibrate.records import Calibration, Product
-from tensortier.gguf.ggml_types import GGML_TYPES
+from tensortier.calibrate.records import Calibration, LayerCost, Product
+from tensortier.gguf.ggml_types import GGML_TYPES, GgmlType
 from tensortier.types import Device, Hardware, Settings
 
 # Shares of a published peak that llama.cpp reaches, and how far off they may be.
@@ -37,6 +38,18 @@ class Speed:
     spread: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ReadSpeed:
+    """Weights in a product with one column: bytes/s along a row, and seconds more for each row."""
+
+    value: float
+    row_seconds: float = 0.0
+    spread: float = 0.0
+
+    def seconds(self, nbytes: float, rows: float) -> float:
+        return nbytes / self.value + rows * self.row_seconds
+
+
 @dataclass(frozen=True)
 class AttentionSpeed:
     """Cached elements per second: query heads x (key width + value width) x cells, for one token or many."""
@@ -53,9 +66,10 @@ class DeviceRates:
     device: str
     kind: str  # as Device.kind
     provenance: str  # "measured", "catalogue"
-    narrow: Mapping[str, Speed]  # bytes/s of weights in a product with one column, by type
+    narrow: Mapping[str, ReadSpeed]  # of weights in a product with one column, by type
     wide: Mapping[str, Speed]  # multiply-adds/s in a product with hundreds of columns, by type
-    other_narrow: Speed  # for types that are not in the table
+    wide_experts: Mapping[str, Speed]  # the same where each token has experts of its own
+    other_narrow: ReadSpeed  # for types that are not in the table
     other_wide: Speed
     attention: tuple[AttentionSpeed, ...]
     memory: Speed  # bytes/s that anything can be read with
@@ -65,6 +79,7 @@ class DeviceRates:
     wide_layer_seconds: float = 0.0  # as layer_seconds, per token and channel of a wide batch
     link: Speed | None = None  # bytes/s between main memory and the device
     split_seconds: float = 0.0  # for handing a graph over to this device and back once
+    threads: int = 1  # that compute
     offloads: bool = False  # takes products of wide batches with weights in main memory (op offload)
     notes: tuple[str, ...] = ()
 
@@ -98,68 +113,126 @@ def from_calibration(calibration: Calibration, hardware: Hardware, settings: Set
 
 def _measured(calibration: Calibration, device: Device, settings: Settings) -> DeviceRates:
     name, on_cpu = device.name, device.kind == "cpu"
-    products = [p for p in calibration.products if p.device == name]
-    layers = {row.threads: row for row in calibration.layers if row.device == name}
-    counted = sorted({p.threads for p in products})
-    threads = settings.threads or counted[-1]
-    if not on_cpu or threads not in counted:
-        threads = min(counted, key=lambda n: abs(n - threads))
-    # what was measured with all cores only is scaled to fewer by what was measured with both
-    scale = 1.0
-    if on_cpu and settings.threads and settings.threads != threads:
-        scale = settings.threads / threads
-    narrow = _best(
-        (p for p in products if p.batch == 1 and p.threads == threads),
-        settings.repack,
-        lambda p: p.bytes_per_second,
-    )
-    wide_threads = max(p.threads for p in products if p.batch > 1)
-    attention = [a for a in calibration.attention if a.device == name]
-    one_core = [a for a in attention if a.threads == 1 and a.threads != wide_threads]
-    many_cores = [a for a in attention if a.threads == wide_threads]
-    share = 1.0  # of the speed with all cores, for arithmetic
-    if on_cpu and settings.threads and settings.threads < wide_threads:
-        share = settings.threads / wide_threads
-    if one_core and threads == 1:
-        same = [
-            a
-            for a in many_cores
-            if (a.type, a.head_dim, a.cells, a.batch)
-            == (one_core[0].type, one_core[0].head_dim, one_core[0].cells, one_core[0].batch)
-        ]
-        if same:
-            share = one_core[0].elements_per_second / same[0].elements_per_second
-    wide = _best(
-        (p for p in products if p.batch > 1 and p.threads == wide_threads), settings.repack, _macs_per_second
-    )
-    layer = layers.get(threads) or next(iter(layers.values()), None)
+    kept = _Kept(calibration, name, settings if on_cpu else None)
+    layer = kept.layer()
     elementwise = next((e for e in calibration.elementwise if e.device == name), None)
     copies = [c for c in calibration.copies if c.device == name and c.to_device]
     link = max(copies, key=lambda c: c.bytes_per_second, default=None)
     split = next((s for s in calibration.splits if s.device == name), None)
+    narrow, wide = kept.narrow(), kept.wide(experts=False)
+    fastest = max(narrow.values(), key=lambda v: v.value)
     return DeviceRates(
         name,
         device.kind,
         "measured",
-        narrow={k: Speed(v.value * scale, v.spread) for k, v in narrow.items()},
-        wide={k: Speed(v.value * share, v.spread) for k, v in wide.items()},
-        other_narrow=_typical(narrow.values()),
-        other_wide=_typical(wide.values()),
-        attention=tuple(
-            AttentionSpeed(
-                a.type, a.head_dim, a.cells, a.batch > 1, Speed(a.elements_per_second * share, a.spread)
-            )
-            for a in many_cores
-        ),
-        memory=max(narrow.values(), key=lambda v: v.value),
+        narrow=narrow,
+        wide=wide,
+        wide_experts=kept.wide(experts=True),
+        other_narrow=ReadSpeed(_middle(v.value for v in narrow.values()), 0.0, 0.5),
+        other_wide=Speed(_middle(v.value for v in wide.values()), 0.5),
+        attention=kept.attention(),
+        memory=Speed(fastest.value, fastest.spread),
         layer_seconds=layer.layer_seconds if layer else 0.0,
         moe_layer_seconds=layer.moe_layer_seconds if layer else 0.0,
         token_seconds=layer.token_seconds if layer else 0.0,
-        wide_layer_seconds=elementwise.seconds * _WIDE_OPERATIONS / share if elementwise else 0.0,
+        wide_layer_seconds=elementwise.seconds * _WIDE_OPERATIONS / kept.share if elementwise else 0.0,
         link=Speed(link.bytes_per_second, link.spread) if link else None,
         split_seconds=split.seconds if split else 0.0,
-        offloads=device.kind != "cpu" and device.backend not in ("RPC", "MTL"),
+        offloads=not on_cpu and device.backend not in ("RPC", "MTL"),
+        threads=kept.threads if on_cpu else 1,
     )
+
+
+class _Kept:
+    """Look-ups in a calibration of one device, for a number of threads and a choice of kernels. ``settings`` None: a
+    device without threads."""
+
+    def __init__(self, calibration: Calibration, device: str, settings: Settings | None) -> None:
+        self._products = [p for p in calibration.products if p.device == device]
+        self._attention = [a for a in calibration.attention if a.device == device]
+        self._layers = {row.threads: row for row in calibration.layers if row.device == device}
+        self._most = max(p.threads for p in self._products)
+        self.threads = settings.threads or self._most if settings else self._most
+        self._repack = settings.repack if settings else False
+        self.share = self._scaling()  # of the speed of arithmetic with all threads
+
+    def _scaling(self) -> float:
+        """By attention, which is arithmetic, with one thread and with all."""
+        if self.threads == self._most:
+            return 1.0
+        by_key: dict[tuple[str, int, int, int], dict[int, float]] = {}
+        for a in self._attention:
+            by_key.setdefault((a.type, a.head_dim, a.cells, a.batch), {})[a.threads] = a.elements_per_second
+        both = next(
+            (v for v in by_key.values() if 1 in v and self._most in v), {1: 1.0, self._most: self._most}
+        )
+        return _between(self.threads, 1, both[1] / both[self._most], self._most, 1.0)
+
+    def _chosen(self, batch: bool, experts: bool) -> dict[str, list[Product]]:
+        """Products by type, of the kernel that llama.cpp takes: the repacked one where there is one, unless it is
+        switched off."""
+        rows = [p for p in self._products if (p.batch > 1, p.experts) == (batch, experts)]
+        repacked = {p.type for p in rows if p.repacked} if self._repack else set()
+        found: dict[str, list[Product]] = {}
+        for p in rows:
+            if p.repacked == (p.type in repacked):
+                found.setdefault(p.type, []).append(p)
+        return found
+
+    def narrow(self) -> dict[str, ReadSpeed]:
+        return {name: self._reading(rows) for name, rows in self._chosen(False, False).items()}
+
+    def _reading(self, rows: list[Product]) -> ReadSpeed:
+        """From long rows and short ones: seconds per byte, and per row. Between one thread and all, what is memory
+        for all may be arithmetic for one: the speed lies between the two that were measured."""
+        kind = _ggml_type(rows[0].type)
+        longest = max(p.columns for p in rows)
+        long = {p.threads: p for p in rows if p.columns == longest}
+        short = next((p for p in rows if p.columns < longest), None)
+        full = long[self._most]
+        per_row = 0.0
+        if short is not None:
+            size = [c * kind.type_size / kind.block_size for c in (short.columns, longest)]
+            more = 1 / short.bytes_per_second - 1 / full.bytes_per_second
+            per_row = max(0.0, more / (1 / size[0] - 1 / size[1]))
+            per_row = min(per_row, 0.9 * size[1] / full.bytes_per_second)
+        row_bytes = longest * kind.type_size / kind.block_size
+
+        def streaming(p: Product, row: float) -> float:
+            return 1 / (1 / p.bytes_per_second - min(row, 0.9 * row_bytes / p.bytes_per_second) / row_bytes)
+
+        value = streaming(full, per_row)
+        per_row /= self.share
+        if self.threads != self._most and 1 in long:
+            one = streaming(long[1], per_row)
+            value = _between(self.threads, 1, one, self._most, value)
+        return ReadSpeed(value, per_row, full.spread)
+
+    def wide(self, *, experts: bool) -> dict[str, Speed]:
+        return {
+            name: Speed(_macs_per_second(rows[0]) * self.share, rows[0].spread)
+            for name, rows in self._chosen(True, experts).items()
+        }
+
+    def attention(self) -> tuple[AttentionSpeed, ...]:
+        return tuple(
+            AttentionSpeed(
+                a.type, a.head_dim, a.cells, a.batch > 1, Speed(a.elements_per_second * self.share, a.spread)
+            )
+            for a in self._attention
+            if a.threads == self._most
+        )
+
+    def layer(self) -> LayerCost | None:
+        return self._layers.get(self.threads) or self._layers.get(self._most)
+
+
+def _between(n: float, low: float, at_low: float, high: float, at_high: float) -> float:
+    """Of two measured points, straight in the logarithms, and beyond them too."""
+    if low == high:
+        return at_high
+    t = math.log(n / low) / math.log(high / low)
+    return float(at_low ** (1 - t) * at_high**t)
 
 
 # Passes over the hidden state of a wide batch in one layer: norms, rotary embedding, cache writes, activation (over
@@ -167,24 +240,19 @@ def _measured(calibration: Calibration, device: Device, settings: Settings) -> D
 _WIDE_OPERATIONS = 14
 
 
+def _ggml_type(name: str) -> GgmlType:
+    return next(t for t in GGML_TYPES.values() if t.name == name)
+
+
 def _macs_per_second(product: Product) -> float:
-    kind = next(t for t in GGML_TYPES.values() if t.name == product.type)
+    kind = _ggml_type(product.type)
     return product.bytes_per_second / (kind.type_size / kind.block_size) * product.batch
 
 
-def _best(rows: Iterable[Product], repack: bool, value: Callable[[Product], float]) -> dict[str, Speed]:
-    """By type, the kernel that llama.cpp takes: the repacked one where there is one, unless it is switched off."""
-    found: dict[str, Product] = {}
-    for row in rows:
-        if row.type not in found or row.repacked == repack:
-            found[row.type] = row
-    return {name: Speed(value(row), row.spread) for name, row in found.items() if repack or not row.repacked}
-
-
-def _typical(speeds: Iterable[Speed]) -> Speed:
-    """For types that were not measured: the middle, and that it may be off by half."""
-    values = sorted(s.value for s in speeds)
-    return Speed(values[len(values) // 2], 0.5)
+def _middle(values: Iterable[float]) -> float:
+    """For types that were not measured."""
+    found = sorted(values)
+    return found[len(found) // 2]
 
 
 def from_catalogue(hardware: Hardware) -> Rates:
@@ -212,13 +280,15 @@ def _catalogue_cpu(device: Device, hardware: Hardware) -> DeviceRates:
         "catalogue",
         narrow={},
         wide={},
-        other_narrow=memory,
+        wide_experts={},
+        other_narrow=ReadSpeed(memory.value, 0.0, memory.spread),
         other_wide=Speed(cores * CORE_MACS, 0.5),
         attention=_flat_attention(cores * CORE_ATTENTION, cores * CORE_ATTENTION, 0.5),
         memory=memory,
         layer_seconds=40e-6,
         moe_layer_seconds=40e-6,
         token_seconds=500e-6,
+        threads=cores,
         notes=(
             f"main memory: {CPU_BANDWIDTH_SHARE:.0%} of {bandwidth / 1e9:.0f} GB/s are assumed to be reached",
         ),
@@ -249,7 +319,8 @@ def catalogue_gpu(device: Device) -> DeviceRates:
         "catalogue",
         narrow={},
         wide={},
-        other_narrow=memory,
+        wide_experts={},
+        other_narrow=ReadSpeed(memory.value, 0.0, memory.spread),
         other_wide=Speed(macs, 0.4),
         attention=_flat_attention(macs / 8, macs / 2, ASSUMED_SPREAD),  # reading the cache takes longer
         memory=memory,

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from tensortier.calibrate.drive import measure_drive
 from tensortier.calibrate.kernels import (
+    LONG,
     MIB,
+    SHORT,
     WIDE,
     measure_attention,
     measure_copy,
@@ -164,10 +166,29 @@ def _jobs(device: Device, hardware: Hardware, small: Models, rpc: Sequence[str])
     kernels = (False, True) if on_cpu else (False,)
     name = device.name
 
-    def product(kind: str, n: int, batch: int, repack: bool) -> Callable[[], Row]:
-        size = (64 if n == 1 or remote else 192 if on_cpu else 512) * MIB
+    large = (64 if remote else 384) * MIB
+
+    def product(
+        kind: str,
+        n: int,
+        repack: bool,
+        size: int,
+        *,
+        columns: int = LONG,
+        batch: int = 1,
+        experts: bool = False,
+    ) -> Callable[[], Row]:
         return lambda: steadiest(
-            lambda: measure_product(name, kind, threads=n, batch=batch, repack=repack, operand_bytes=size)
+            lambda: measure_product(
+                name,
+                kind,
+                threads=n,
+                columns=columns,
+                batch=batch,
+                experts=experts,
+                repack=repack,
+                operand_bytes=size,
+            )
         )
 
     def attention(kind: str, n: int, width: int, cells: int, batch: int) -> Callable[[], Row]:
@@ -177,12 +198,17 @@ def _jobs(device: Device, hardware: Hardware, small: Models, rpc: Sequence[str])
 
     for kind in REMOTE_TYPES if remote else TYPES:
         for repack in kernels:
-            for n in threads:
-                yield f"{name} {kind}", product(kind, n, 1, repack)
-            yield f"{name} {kind} prefill", product(kind, cores, WIDE, repack)
+            what = f"{name} {kind}"
+            yield what, product(kind, cores, repack, large)
+            yield what, product(kind, cores, repack, large // 4, columns=SHORT)
+            for experts in (False, True):
+                columns = LONG // 2
+                yield what, product(kind, cores, repack, 0, columns=columns, batch=WIDE, experts=experts)
+            if threads[0] < cores:
+                yield what, product(kind, threads[0], repack, large // 3)
     for kind in KV_TYPES:
         for width in (64, 128, 256) if kind == "F16" else (64, 128):
-            for cells in (512, 2048, 8192):
+            for cells in (256, 2048, 8192):
                 yield f"{name} attention {kind}", attention(kind, cores, width, cells, 1)
         for width in (64, 128):
             yield f"{name} attention {kind} prefill", attention(kind, cores, width, 2048, WIDE)

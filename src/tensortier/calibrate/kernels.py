@@ -12,6 +12,7 @@ from tensortier.gguf.ggml_types import GGML_TYPES
 
 MIB = 1 << 20
 STEADY = 0.12  # spread below which a figure is taken at once; above it, measured up to twice more
+LONG, SHORT = 4096, 512  # columns of the matrices
 WIDE = 256  # tokens of the wide products
 SMALL_OPS = 60
 
@@ -51,28 +52,31 @@ def measure_product(
     name: str,
     *,
     threads: int,
+    columns: int = LONG,
     batch: int = 1,
+    experts: bool = False,
     repack: bool = False,
-    operand_bytes: int = 192 * MIB,
+    operand_bytes: int = 384 * MIB,
 ) -> Product | None:
-    """Matrices as a feed-forward layer has them, each read once per run: with one column ``operand_bytes`` of
-    them, so that no cache helps; with many, where arithmetic takes longer, three. None where there is no such
-    kernel."""
+    """Matrices as feed-forward layers have them, each read once per run. With one column ``operand_bytes`` of them,
+    so that no cache helps; with many, where arithmetic takes longer, two. ``experts``: a mixture of eight of which
+    each token uses two. None where there is no such kernel."""
     from tensortier._llama import microbench
 
     number, per_element = _type(name)
-    k, n, count = 2048, 6144, 3
-    if batch == 1:
-        count = max(2, round(operand_bytes / (k * n * per_element)))
-    else:
-        n = 2048
+    rows = 2048 if batch > 1 else 3072
+    total, used = (8, 2) if experts else (0, 0)
+    each = columns * rows * per_element
+    count = max(2, round(operand_bytes / each)) if batch == 1 else 2
     seconds = microbench.mul_mat(
         device,
         number,
-        k=k,
-        n=n,
+        k=columns,
+        n=rows,
         count=count,
         batch=batch,
+        experts=total,
+        used=used,
         threads=threads,
         repack=repack,
         runs=7 if batch == 1 else 3,
@@ -80,7 +84,8 @@ def measure_product(
     if not seconds:
         return None
     middle, spread = robust(seconds)
-    return Product(device, name, threads, batch, repack, k * n * count * per_element / middle, spread)
+    speed = max(1, used) * each * count / middle
+    return Product(device, name, threads, columns, batch, experts, repack, speed, spread)
 
 
 def measure_attention(

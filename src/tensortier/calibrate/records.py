@@ -12,7 +12,7 @@ from typing import Any
 from tensortier import paths
 from tensortier.types import Hardware
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,11 @@ class Product:
     device: str
     type: str
     threads: int
+    columns: int  # of the matrices: short rows cost more per byte
     batch: int  # tokens
+    experts: bool  # MUL_MAT_ID
     repacked: bool
-    bytes_per_second: float  # of weights read, at this batch
+    bytes_per_second: float  # of weights read, at this batch; of experts that are used
     spread: float  # relative: 0.05 is 5 %
 
 

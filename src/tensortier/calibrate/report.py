@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tensortier.calibrate.drive import BLOCKS, DEPTHS
-from tensortier.calibrate.kernels import WIDE
+from tensortier.calibrate.kernels import LONG, SHORT, WIDE
 from tensortier.calibrate.records import Calibration
 
 if TYPE_CHECKING:
@@ -25,23 +25,19 @@ def render(calibration: Calibration, console: Console) -> None:
             made.add_column(name, justify="left" if name in ("device", "type", "block") else "right")
         return made
 
-    found: dict[tuple[str, str, int], dict[tuple[int, bool], float]] = {}
+    found: dict[tuple[str, str, int, bool], dict[tuple[int, int, bool], float]] = {}
     for p in calibration.products:
-        found.setdefault((p.device, p.type, p.threads), {})[p.batch, p.repacked] = p.bytes_per_second
-    wide = f"{WIDE} tokens"
+        row = found.setdefault((p.device, p.type, p.threads, p.repacked), {})
+        row[p.columns, p.batch, p.experts] = p.bytes_per_second
     products = table(
         "Weights read while computing, GB/s",
-        "device",
-        "type",
-        "threads",
-        "1 token",
-        "repacked",
-        wide,
-        "repacked",
+        *("device", "type", "threads", "kernel", "1 token", f"{SHORT} columns", f"{WIDE} tokens", "experts"),
     )
-    for (device, kind, threads), row in found.items():
-        cells = [row.get(key) for key in ((1, False), (1, True), (WIDE, False), (WIDE, True))]
-        products.add_row(device, kind, str(threads), *(speed(c) for c in cells))
+    columns = ((LONG, 1, False), (SHORT, 1, False), (LONG // 2, WIDE, False), (LONG // 2, WIDE, True))
+    for (device, kind, threads, repacked), speeds in found.items():
+        kernel = "repacked" if repacked else ""
+        cells = (speed(speeds.get(key)) for key in columns)
+        products.add_row(device, kind, str(threads), kernel, *cells)
     console.print(products)
     attention = table(
         "Attention, 10^9 cached values per second",
