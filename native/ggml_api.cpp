@@ -1,5 +1,6 @@
 #include "ggml_api.h"
 
+#include "ggml_interfaces.h"
 #include "tensortier.h"
 
 #include <atomic>
@@ -172,6 +173,9 @@ std::string check_layout(const GgmlApi & ggml) {
     if (weight->data != ggml.ggml_backend_buffer_get_base(scratch.buffer) ||
         view->data != static_cast<char *>(input->data) + 16) {
         return mismatch("data");
+    }
+    if (const char * wrong = check_interfaces(ggml)) {
+        return mismatch(wrong);
     }
     return "";
 }

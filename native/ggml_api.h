@@ -44,10 +44,9 @@ struct Tensor {
     char padding[8];
 };
 
-// ggml_backend_reg, as far as its version number
-struct Registry {
-    int api_version;
-};
+struct Registry;    // ggml_backend_reg
+struct DeviceProps; // ggml_backend_dev_props
+struct BufferInterface;
 
 // ggml_init_params
 struct InitParams {
@@ -79,6 +78,15 @@ struct InitParams {
     X(BufferType *, ggml_backend_cpu_buffer_type, (void))                                                    \
     X(const char *, ggml_backend_buft_name, (BufferType * buft))                                             \
     X(bool, ggml_backend_buft_is_host, (BufferType * buft))                                                  \
+    X(size_t, ggml_backend_buft_get_alignment, (BufferType * buft))                                          \
+    X(Buffer *, ggml_backend_cpu_buffer_from_ptr, (void * ptr, size_t size))                                 \
+    X(BufferType *, ggml_backend_buffer_get_type, (Buffer * buffer))                                         \
+    X(size_t, ggml_backend_buffer_get_size, (Buffer * buffer))                                               \
+    X(int, ggml_backend_buffer_get_usage, (Buffer * buffer))                                                 \
+    X(Buffer *, ggml_backend_buffer_init,                                                                    \
+      (BufferType * buft, BufferInterface iface, void * context, size_t size))                               \
+    X(void, ggml_backend_register, (Registry * registry))                                                    \
+    X(Device *, ggml_backend_dev_by_type, (int type))                                                        \
     X(Device *, ggml_backend_buft_get_device, (BufferType * buft))                                           \
     X(const char *, ggml_backend_dev_name, (Device * device))                                                \
     X(size_t, ggml_backend_reg_count, (void))                                                                \
@@ -107,6 +115,9 @@ struct InitParams {
     X(Graph *, ggml_new_graph_custom, (Context * ctx, size_t size, bool grads))                              \
     X(void, ggml_build_forward_expand, (Graph * graph, Tensor * tensor))                                     \
     X(Tensor *, ggml_graph_node, (Graph * graph, int index))                                                 \
+    X(int, ggml_graph_n_nodes, (Graph * graph))                                                              \
+    X(void, ggml_graph_clear, (Graph * graph))                                                               \
+    X(void, ggml_graph_add_node, (Graph * graph, Tensor * tensor))                                           \
     X(Tensor *, ggml_rms_norm, (Context * ctx, Tensor * a, float eps))                                       \
     X(Tensor *, ggml_mul, (Context * ctx, Tensor * a, Tensor * b))                                           \
     X(Tensor *, ggml_add, (Context * ctx, Tensor * a, Tensor * b))                                           \

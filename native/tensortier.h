@@ -76,8 +76,8 @@ struct tt_attention_bench {
 TT_API int tt_bench_attention(const struct tt_attention_bench * bench, double * seconds, int capacity,
                               char * error, size_t error_size);
 
-// One graph of `count` small operations on `rows` vectors of `width` values, each on the last one's result: a norm,
-// a product and a sum in turn, as between the weights of a layer.
+// One graph of `count` small operations on `rows` vectors of `width` values, each on the last one's result: a
+// norm, a product and a sum in turn, as between the weights of a layer.
 struct tt_small_ops_bench {
     const char * device;
     int32_t count;
@@ -101,3 +101,111 @@ struct tt_copy_bench {
 // As tt_bench_mul_mat; 0 runs where the device has no pinned memory to offer.
 TT_API int tt_bench_copy(const struct tt_copy_bench * bench, double * seconds, int capacity, char * error,
                          size_t error_size);
+
+// Weights that stay on the drive and are read while the model runs: a "tier".
+
+// One tensor of the model whose data stays in the file.
+struct tt_tier_tensor {
+    const char * name;
+    int32_t kind;    // 0: used by every token; 1: routed experts; 2: small and always in memory
+    int32_t group;   // of experts: the layer's number among those with experts
+    int32_t part;    // of experts: in the order in which a layer uses them
+    int32_t experts; // of experts: how many
+    int32_t file;    // index into the files
+    uint64_t offset; // of the data, from the start of the file
+    uint64_t nbytes;
+};
+
+struct tt_tier_config {
+    const char * const * files;
+    const uint64_t * file_sizes;
+    int32_t n_files;
+    const struct tt_tier_tensor * tensors; // in the order of use
+    int32_t n_tensors;
+    int32_t n_groups;
+    int32_t used;             // experts that a token uses in a layer
+    int32_t policy;           // 0: lru, 1: global-lru, 2: lfu, 3: static, 4: second-touch
+    uint64_t expert_bytes;    // memory for experts
+    uint64_t dense_bytes;     // memory for the weights of kind 0
+    const double * frequency; // policy 3: of each expert, [n_groups][most experts of a group]; else null
+    int32_t reader;           // 0: the best there is, 1: io_uring, 2: threads
+    int32_t queue_depth;      // reads under way at a time
+    uint64_t read_bytes;      // of the largest single read
+};
+
+// What a tier has done since it was opened. Bytes are those of weights; drive_bytes are whole sectors.
+struct tt_tier_stats {
+    uint64_t memory_bytes;   // allocated: slots, resident weights and the ring
+    uint64_t scratch_bytes;  // the most that computing took beside it
+    uint64_t expert_slots;   // for experts that stay
+    uint64_t passing_slots;  // for those that do not
+    uint64_t resident_bytes; // weights of kind 0 that stay
+    uint64_t ring_bytes;
+    uint64_t dense_uses;
+    uint64_t dense_hits;
+    uint64_t dense_bytes;
+    double dense_stall_seconds;
+    uint64_t drive_bytes;
+    uint64_t drive_reads;
+    double drive_busy_seconds; // with at least one read under way
+    int32_t direct;            // 1: past the page cache
+    int32_t locked;            // 1: the memory cannot be swapped out
+    char reader[16];
+};
+
+struct tt_tier_group_stats {
+    uint64_t passes;
+    uint64_t uses;  // distinct experts, summed over passes
+    uint64_t hits;  // of these, in memory when the pass began
+    uint64_t bytes; // read for the others
+    double stall_seconds;
+    int32_t capacity; // experts that stay; of all groups together for policy 1
+};
+
+// Opens the files and allocates the memory. Null, with one line in `error`, where that fails.
+TT_API void * tt_tier_open(const struct tt_tier_config * config, char * error, size_t error_size);
+
+// A ggml_backend_buffer_type for the tensors of the configuration. Lives until the tier is closed and the
+// last buffer of this type is freed.
+TT_API void * tt_tier_buffer_type(void * tier);
+
+// A buffer type that only says where tensors would be: for models loaded without data. Null, with one line in
+// `error`, where the device cannot be registered.
+TT_API void * tt_tier_planned_buffer_type(char * error, size_t error_size);
+
+// To be called once, when llama.cpp has loaded the model and before a context is made of it. Returns 0, or 1
+// with one line in `error`.
+TT_API int tt_tier_loaded(void * tier, char * error, size_t error_size);
+
+// Why a computation last failed; empty where none has since the last call.
+TT_API void tt_tier_error(void * tier, char * error, size_t error_size);
+
+TT_API void tt_tier_stats_get(void * tier, struct tt_tier_stats * stats);
+
+// Writes up to `capacity` rows and returns how many groups there are.
+TT_API int tt_tier_group_stats_get(void * tier, struct tt_tier_group_stats * rows, int capacity);
+
+// Writes the routing of each pass to a file from now on: int32 group, tokens, used, then the ids, one token
+// after another. Null ends it. Returns 0, or 1 with one line in `error`.
+TT_API int tt_tier_trace(void * tier, const char * path, char * error, size_t error_size);
+
+// For tests: after `after` more reads, the next `count` end with `result`: a negative errno, or fewer bytes
+// than were asked for.
+TT_API void tt_tier_inject(void * tier, int64_t result, int64_t after, int64_t count);
+
+// Everything ends once the buffers of its type are freed too.
+TT_API void tt_tier_close(void * tier);
+
+// A policy and its room, for a replay of recorded routing.
+struct tt_policy {
+    int32_t kind; // as tt_tier_config.policy
+    int32_t groups;
+    int32_t experts;          // the most that a group has
+    const int32_t * capacity; // [groups]; one number for policy 1
+    const double * frequency; // policy 3: [groups][experts]; else null
+};
+
+// Replays a trace (records as tt_tier_trace writes them, `length` numbers) and adds to `hits` and `uses` of
+// each group. Returns the number of passes, or -1 with one line in `error`.
+TT_API int64_t tt_policy_replay(const struct tt_policy * policy, const int32_t * trace, size_t length,
+                                uint64_t * hits, uint64_t * uses, char * error, size_t error_size);

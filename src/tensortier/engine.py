@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensortier.errors import (
     Cancelled,
@@ -22,6 +22,9 @@ from tensortier.errors import (
     UsageError,
 )
 from tensortier.types import DeviceMemory, GenerationStats, Piece, Plan, Sampling
+
+if TYPE_CHECKING:
+    from tensortier.tier import PagedWeights
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,15 @@ class Engine:
         self._cancel_lock = threading.Lock()  # the event and llama.cpp's flag change together
         log.set_verbose(verbose)
         devices.load_modules(plan.rpc)
-        self._parameters = Parameters(plan)
         started = time.perf_counter()
-        self._llama = self._load(progress, cancel or threading.Event())
+        self._paged = self._open_paged()
+        try:
+            self._parameters = Parameters(plan, self._paged.buffer_type if self._paged else None)
+            self._llama = self._load(progress, cancel or threading.Event())
+        except BaseException:
+            if self._paged:
+                self._paged.close()
+            raise
         self.load_seconds = time.perf_counter() - started
         try:
             self.n_ctx: int = self._llama.n_ctx()
@@ -93,17 +102,30 @@ class Engine:
             self.close()  # nobody else will
             raise
 
-    def _load(self, progress: Callable[[float], None] | None, cancel: threading.Event) -> Any:
+    def _open_paged(self) -> PagedWeights | None:
+        """The store of the weights that the plan leaves on the drive, if it leaves any."""
+        from tensortier import tier
+
+        overrides = self.plan.placement.overrides
+        if self.plan.tier is None and all(o.device != tier.DEVICE for o in overrides):
+            return None
+        self._check_file()
+        return tier.PagedWeights(self.plan)
+
+    def _check_file(self) -> None:
         from pathlib import Path
 
+        if not Path(self.plan.model).is_file():
+            raise ModelNotFound(f"there is no file {self.plan.model}")
+
+    def _load(self, progress: Callable[[float], None] | None, cancel: threading.Event) -> Any:
         from jinja2 import TemplateError
 
         from tensortier._llama import log
         from tensortier._llama.metered import MeteredLlama
         from tensortier._llama.params import given_to_llama
 
-        if not Path(self.plan.model).is_file():
-            raise ModelNotFound(f"there is no file {self.plan.model}")
+        self._check_file()
 
         raised: list[BaseException] = []  # by ``progress``: an exception cannot pass through llama.cpp
 
@@ -119,9 +141,14 @@ class Engine:
             self._parameters.edit_model(params)
             self._parameters.on_progress(params, on_progress)
 
+        def edit_context(params: Any) -> None:
+            if self._paged:
+                self._paged.loaded()
+            self._parameters.edit_context(params)
+
         record = log.Recording()
         try:
-            with given_to_llama(edit_model, self._parameters.edit_context):
+            with given_to_llama(edit_model, edit_context):
                 llama = MeteredLlama(
                     self.plan.model,
                     n_ctx=self.plan.settings.n_ctx,
@@ -294,11 +321,18 @@ class Engine:
         text = str(exc)
         if self._cancelled.is_set():
             return Cancelled("the answer was cancelled")
+        if self._paged and (reason := self._paged.take_error()):
+            return GenerationError(reason)
         if "exceed context window" in text:
             return ContextFull(f"{text[0].lower()}{text[1:]}; raise --context or shorten the prompt")
         if "llama_decode returned 1" in text:
             return ContextFull("the KV cache is full; raise --context or shorten the conversation")
         return GenerationError(f"llama.cpp failed while it computed: {text}")
+
+    @property
+    def paged(self) -> PagedWeights | None:
+        """The weights on the drive, with their statistics; None where the plan leaves none there."""
+        return self._paged
 
     # --- life
 
@@ -309,6 +343,8 @@ class Engine:
         self.cancel()
         with self._computing:
             self._llama.close()
+            if self._paged:
+                self._paged.close()
 
     def __enter__(self) -> Engine:
         return self

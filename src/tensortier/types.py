@@ -252,7 +252,9 @@ class Estimate:
     decode_interval: tuple[float, float]
     seconds: float  # that one request takes, prompt and output
     prefill_seconds: Mapping[str, float]  # of the whole prompt, by what it is spent on
-    decode_seconds: Mapping[str, float]  # of one token, by what it is spent on: "weights on CPU", "splits", ...
+    decode_seconds: Mapping[
+        str, float
+    ]  # of one token, by what it is spent on: "weights on CPU", "splits", ...
     provenance: Mapping[str, str]  # device -> "measured", "catalogue"
     notes: tuple[str, ...] = ()  # one sentence for each thing that was assumed
 
@@ -324,6 +326,57 @@ class Piece:
     text: str
     finish_reason: str | None = None  # "stop", "length", "tool_calls"; None while it goes on
     delta: Mapping[str, Any] | None = None  # the OpenAI delta, for tool calls
+
+
+@dataclass(frozen=True)
+class TierLayerStats:
+    """Routed experts of one layer, since the model was loaded."""
+
+    layer: int
+    capacity: int  # experts that stay in RAM; of all layers together for policy "global-lru"
+    passes: int  # tokens, or micro-batches of them
+    uses: int  # distinct experts, summed over passes
+    hits: int  # of these, in RAM when the pass began
+    bytes_read: int
+    stall_seconds: float  # waited for the drive with nothing to compute
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """What reading weights from the drive took and gave, since the model was loaded."""
+
+    layers: tuple[TierLayerStats, ...]  # with routed experts on the drive
+    memory_bytes: int  # allocated for weights from the drive
+    scratch_bytes: int  # the most that computing took beside it
+    expert_slots: int  # for experts that stay
+    passing_slots: int  # for those that do not
+    resident_bytes: int  # other weights that stay
+    ring_bytes: int  # through which the rest of them passes
+    dense_uses: int  # of the other weights
+    dense_hits: int
+    dense_bytes_read: int
+    dense_stall_seconds: float
+    drive_bytes: int  # whole sectors
+    drive_reads: int
+    drive_busy_seconds: float  # with at least one read under way
+    reader: str  # "io_uring", "threads"
+    direct: bool  # past the page cache
+    locked: bool  # the memory cannot be swapped out
+
+    @property
+    def hit_rate(self) -> float:
+        """Of experts, 0 to 1; 0 where none was used."""
+        uses = sum(layer.uses for layer in self.layers)
+        return sum(layer.hits for layer in self.layers) / uses if uses else 0.0
+
+    @property
+    def stall_seconds(self) -> float:
+        return self.dense_stall_seconds + sum(layer.stall_seconds for layer in self.layers)
+
+    @property
+    def drive_bytes_per_second(self) -> float:
+        """While it was busy."""
+        return self.drive_bytes / self.drive_busy_seconds if self.drive_busy_seconds else 0.0
 
 
 @dataclass(frozen=True)

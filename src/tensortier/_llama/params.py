@@ -10,7 +10,7 @@ from typing import Any
 
 from tensortier._llama import devices
 from tensortier._llama.libs import llama, native
-from tensortier.errors import PatternError, PlanError
+from tensortier.errors import LibraryError, PatternError, PlanError
 from tensortier.placement import load_mode, threads_for
 from tensortier.types import Plan, Settings
 
@@ -28,6 +28,7 @@ KV_TYPES = {
 }
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
 LOAD_MODES = {"none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "direct": 4}  # enum llama_load_mode
+PAGED = "TIER"  # the device of weights that stay on the drive
 MAX_OVERRIDES = 4096  # llama_max_tensor_buft_overrides
 
 
@@ -55,6 +56,18 @@ def _check_ranges(settings: Settings) -> None:
             raise PlanError(f"settings.{field} must be from {least} to {most}, not {value}")
 
 
+def _paged_type(paged: int | None) -> int:
+    if paged is not None:
+        return paged
+    planned = native().tt_tier_planned_buffer_type
+    planned.argtypes, planned.restype = [ctypes.c_char_p, ctypes.c_size_t], ctypes.c_void_p
+    error = ctypes.create_string_buffer(512)
+    handle: int | None = planned(error, len(error))
+    if not handle:
+        raise LibraryError(f"weights cannot stay on the drive: {error.value.decode(errors='replace')}")
+    return handle
+
+
 def _choice(table: dict[str, int], value: str, what: str) -> int:
     if value not in table:
         raise PlanError(f"unknown {what} {value!r}; one of: {', '.join(table)}")
@@ -65,12 +78,15 @@ class Parameters:
     """What a plan says, ready to be written into llama.cpp's structures. Owns the memory those point to, so
     it must live as long as the model does.
 
+    ``paged``: the buffer type of weights that stay on the drive. Without one, overrides to "TIER" make a plan
+    that can be laid out, but not loaded.
+
     Raises:
         PlanError: a setting that llama.cpp does not know.
         PatternError, BackendError: an override or a placement names a device that is not here.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, paged: int | None = None) -> None:
         self.plan = plan
         _check_ranges(plan.settings)
         placement = plan.placement
@@ -83,7 +99,9 @@ class Parameters:
         self._overrides = (_BufferTypeOverride * (len(placement.overrides) + 1))()
         for slot, override in zip(self._overrides, placement.overrides, strict=False):
             slot.pattern = override.pattern.encode()
-            slot.buft = devices.buffer_type(override.device)
+            slot.buft = (
+                _paged_type(paged) if override.device == PAGED else devices.buffer_type(override.device)
+            )
         split = placement.tensor_split
         if len(split) > max(len(handles), 1):
             raise PlanError(f"tensor_split has {len(split)} shares for {len(handles)} devices")
@@ -91,7 +109,10 @@ class Parameters:
         self._type_k = _choice(KV_TYPES, plan.settings.type_k, "KV cache type")
         self._type_v = _choice(KV_TYPES, plan.settings.type_v, "KV cache type")
         self._flash = _choice(FLASH_ATTENTION, plan.settings.flash_attention, "flash attention setting")
-        self._mode = _choice(LOAD_MODES, load_mode(plan), "load mode")
+        mode = load_mode(plan)
+        if plan.tier is not None and plan.settings.load_mode == "auto":
+            mode = "none"  # what stays in RAM is read into it: pages of a mapped file could be taken away
+        self._mode = _choice(LOAD_MODES, mode, "load mode")
         self._flag = ctypes.c_int32(0)
         self._should_abort = ctypes.cast(native().tt_should_abort, ctypes.c_void_p)
         self._progress: Any = None

@@ -1,0 +1,465 @@
+#include "expert_cache.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace tt {
+namespace {
+
+constexpr int WAIT_MILLISECONDS = 1000;
+constexpr int SHARED_SEGMENT = 32; // slots per tensor where groups share them: a kernel's work grows with it
+// Enough under way for a drive to be busy while the last expert is computed.
+constexpr uint64_t PASSING_BYTES = 8u << 20;
+
+uint64_t round_up(uint64_t value, uint64_t to) {
+    return (value + to - 1) / to * to;
+}
+
+} // namespace
+
+ExpertCache::ExpertCache(std::vector<GroupSpec> groups, CacheOptions options, Reader & reader)
+    : groups_(std::move(groups)), options_(std::move(options)), reader_(reader), totals_(groups_.size()),
+      passes_(groups_.size()) {
+    for (const GroupSpec & group : groups_) {
+        layouts_.push_back(lay_out(group));
+        most_experts_ = std::max(most_experts_, group.experts);
+    }
+    share_out();
+    PolicyOptions policy;
+    policy.kind = options_.policy;
+    policy.groups = static_cast<int>(groups_.size());
+    policy.experts = most_experts_;
+    policy.capacity = capacity_;
+    policy.frequency = options_.frequency;
+    std::string error;
+    policy_ = Policy::make(policy, error);
+    if (!policy_) {
+        throw ReadError(error);
+    }
+    resident_slot_.assign(groups_.size() * static_cast<size_t>(most_experts_), UNPLACED);
+}
+
+ExpertCache::Layout ExpertCache::lay_out(const GroupSpec & group) const {
+    Layout layout;
+    size_t at = 0;
+    for (size_t p = 0; p < group.parts.size(); ++p) {
+        const PartSpec & part = group.parts[p];
+        layout.offset[p] = at;
+        layout.lead[p] = reader_.lead(part.file, part.offset);
+        uint64_t area = layout.lead[p] + part.nbytes;
+        for (int e = 0; e < group.experts; ++e) {
+            area = std::max(area, reader_.sector_range(part.file,
+                                                       part.offset + static_cast<uint64_t>(e) * part.nbytes,
+                                                       part.nbytes));
+        }
+        at += round_up(area, reader_.alignment(part.file));
+    }
+    layout.slot_bytes = at;
+    return layout;
+}
+
+// How many slots each group gets, and how many there are for experts that pass through.
+void ExpertCache::share_out() {
+    size_t largest = 0;
+    uint64_t one_each = 0, everything = 0;
+    int total_experts = 0;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+        largest = std::max(largest, layouts_[g].slot_bytes);
+        one_each += layouts_[g].slot_bytes;
+        everything += layouts_[g].slot_bytes * static_cast<uint64_t>(groups_[g].experts);
+        total_experts += groups_[g].experts;
+    }
+    const int used = std::min(options_.used, most_experts_);
+    if (options_.bytes < largest * static_cast<uint64_t>(used)) {
+        throw ReadError("the experts of one token in one layer take " +
+                        std::to_string(largest * static_cast<uint64_t>(used)) +
+                        " bytes; the cache has only " + std::to_string(options_.bytes));
+    }
+    const int most_slots = static_cast<int>(std::min<uint64_t>(options_.bytes / largest, 1u << 20));
+    if (options_.bytes >= everything && !global()) {
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            capacity_.push_back(groups_[g].experts);
+            add_segment(layouts_[g].slot_bytes, groups_[g].experts, false, static_cast<int>(g));
+        }
+        // a policy may not want all of them
+        if (options_.policy == PolicyKind::fixed) {
+            capacity_.assign(capacity_.size(), most_experts_);
+        }
+        return;
+    }
+    int passing = static_cast<int>(
+        std::clamp<uint64_t>(PASSING_BYTES / largest, 2, static_cast<uint64_t>(most_experts_)));
+    const bool always_stays = options_.policy == PolicyKind::lru;
+    passing = std::min(most_slots, always_stays ? passing : std::max(passing, used));
+    if (global()) {
+        const int room = std::min(most_slots - passing, total_experts);
+        capacity_.push_back(room);
+        for (int left = room; left > 0; left -= SHARED_SEGMENT) {
+            add_segment(largest, std::min(left, SHARED_SEGMENT), false, 0);
+        }
+        add_segment(largest, passing, true, -1);
+        return;
+    }
+    const uint64_t passing_bytes = static_cast<uint64_t>(passing) * largest;
+    uint64_t left = options_.bytes - passing_bytes;
+    const int each =
+        static_cast<int>(std::min<uint64_t>(left / one_each, static_cast<uint64_t>(most_experts_)));
+    std::vector<int> count(groups_.size());
+    for (size_t g = 0; g < groups_.size(); ++g) {
+        count[g] = std::min(each, groups_[g].experts);
+        left -= static_cast<uint64_t>(count[g]) * layouts_[g].slot_bytes;
+    }
+    // one more for as many groups as there is room for
+    for (size_t g = 0; g < groups_.size(); ++g) {
+        if (count[g] < groups_[g].experts && left >= layouts_[g].slot_bytes) {
+            ++count[g];
+            left -= layouts_[g].slot_bytes;
+        }
+    }
+    // too few of their own for a token: then all of a token's misses shall find a slot to pass through
+    const int least = *std::min_element(count.begin(), count.end());
+    while (passing + least < used && left >= largest) {
+        ++passing;
+        left -= largest;
+    }
+    for (size_t g = 0; g < groups_.size(); ++g) {
+        capacity_.push_back(count[g]);
+        add_segment(layouts_[g].slot_bytes, count[g], false, static_cast<int>(g));
+    }
+    add_segment(largest, passing, true, -1);
+}
+
+void ExpertCache::add_segment(size_t stride, int count, bool passing, int group) {
+    free_.resize(global() ? 1 : groups_.size());
+    const int number = static_cast<int>(segments_.size());
+    segments_.push_back({nullptr, stride, count});
+    segment_offset_.push_back(nbytes_);
+    for (int i = 0; i < count; ++i) {
+        Slot slot;
+        slot.segment = number;
+        slot.index = i;
+        slot.passing = passing;
+        const int id = static_cast<int>(slots_.size());
+        if (passing) {
+            passing_.push_back(id);
+        } else {
+            free_[static_cast<size_t>(group)].push_back(id);
+        }
+        slots_.push_back(slot);
+    }
+    nbytes_ += stride * static_cast<uint64_t>(count);
+}
+
+void ExpertCache::attach(char * memory) {
+    for (size_t i = 0; i < segments_.size(); ++i) {
+        segments_[i].base = memory + segment_offset_[i];
+    }
+    for (Slot & slot : slots_) {
+        const Segment & seg = segments_[static_cast<size_t>(slot.segment)];
+        slot.base = seg.base + seg.stride * static_cast<size_t>(slot.index);
+    }
+    for (std::vector<int> & list : free_) { // first slots first
+        std::reverse(list.begin(), list.end());
+    }
+}
+
+int ExpertCache::capacity(int group) const {
+    return capacity_[global() ? 0 : static_cast<size_t>(group)];
+}
+
+size_t ExpertCache::offset_in_slot(int group, int part) const {
+    const Layout & layout = layouts_[static_cast<size_t>(group)];
+    return layout.offset[static_cast<size_t>(part)] + layout.lead[static_cast<size_t>(part)];
+}
+
+char * ExpertCache::address(int group, int part, const Slot & slot) const {
+    return slot.base + offset_in_slot(group, part);
+}
+
+bool ExpertCache::same_pass(int group, int part, const std::vector<int32_t> & ids) const {
+    const Pass & pass = passes_[static_cast<size_t>(group)];
+    return pass.valid && !(pass.served & (1u << part)) && pass.ids == ids;
+}
+
+void ExpertCache::build(Pass & pass, const std::vector<int32_t> & ids, int tokens, int used) const {
+    pass.tokens = tokens;
+    pass.used = used;
+    pass.ids = ids;
+    pass.experts.clear();
+    std::vector<int32_t> index(static_cast<size_t>(most_experts_), -1);
+    std::vector<size_t> counts;
+    for (const int32_t expert : ids) {
+        int32_t & i = index[static_cast<size_t>(expert)];
+        if (i < 0) {
+            i = static_cast<int32_t>(pass.experts.size());
+            pass.experts.push_back(expert);
+            counts.push_back(0);
+        }
+        ++counts[static_cast<size_t>(i)];
+    }
+    pass.first.assign(counts.size() + 1, 0);
+    std::partial_sum(counts.begin(), counts.end(), pass.first.begin() + 1);
+    pass.routed.resize(ids.size());
+    std::vector<size_t> next(pass.first.begin(), pass.first.end() - 1);
+    for (size_t k = 0; k < ids.size(); ++k) {
+        const size_t i = static_cast<size_t>(index[static_cast<size_t>(ids[k])]);
+        pass.routed[next[i]++] = {static_cast<int32_t>(k / static_cast<size_t>(used)),
+                                  static_cast<int32_t>(k % static_cast<size_t>(used))};
+    }
+}
+
+Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids, int tokens, int used) {
+    Pass & pass = passes_[static_cast<size_t>(group)];
+    checked_ = false;
+    if (same_pass(group, part, ids)) {
+        pass.served |= 1u << part;
+        return pass;
+    }
+    for (const int slot : passing_) { // what passed through before is over
+        release(slot);
+    }
+    build(pass, ids, tokens, used);
+    if (on_pass) {
+        on_pass(group, pass);
+    }
+    const size_t n = pass.experts.size();
+    const size_t parts = groups_[static_cast<size_t>(group)].parts.size();
+    pass.served = 1u << part;
+    pass.place.assign(parts * n, UNPLACED);
+    pass.stays.assign(n, 0);
+    pass.overflow = false;
+    pass.valid = true;
+    policy_->visit(group, pass.experts.data(), n, misses_);
+    GroupTotals & totals = totals_[static_cast<size_t>(group)];
+    totals.uses += n;
+    totals.hits += n - misses_.size();
+    ++totals.passes;
+
+    std::vector<size_t> missing;   // indices of experts with a slot to be filled
+    std::vector<size_t> strangers; // of experts that do not stay
+    size_t next_miss = 0;
+    for (size_t i = 0; i < n; ++i) {
+        const int expert = pass.experts[i];
+        int32_t & slot = resident_slot_[where(group, expert)];
+        if (next_miss < misses_.size() && misses_[next_miss].expert == expert) {
+            const Placing & placing = misses_[next_miss++];
+            if (!placing.stays) {
+                strangers.push_back(i);
+                continue;
+            }
+            if (placing.evicted_group >= 0) {
+                int32_t & left = resident_slot_[where(placing.evicted_group, placing.evicted_expert)];
+                slot = left;
+                left = UNPLACED;
+                settle(slot);
+            } else {
+                slot = take_free(group);
+            }
+            Slot & filled = slots_[static_cast<size_t>(slot)];
+            filled.group = group;
+            filled.expert = expert;
+            filled.state.fill(ReadState::none);
+        }
+        pass.stays[i] = 1;
+        for (size_t p = 0; p < parts; ++p) {
+            pass.place[p * n + i] = slot;
+        }
+        missing.push_back(i); // those resident have nothing left to read, or what an error left out
+    }
+    if (strangers.size() > passing_.size()) {
+        pass.overflow = true;
+    } else {
+        for (size_t k = 0; k < strangers.size(); ++k) {
+            const size_t i = strangers[k];
+            const int slot = passing_[k];
+            settle(slot);
+            Slot & filled = slots_[static_cast<size_t>(slot)];
+            filled.group = group;
+            filled.expert = pass.experts[i];
+            filled.state.fill(ReadState::none);
+            for (size_t p = 0; p < parts; ++p) {
+                pass.place[p * n + i] = slot;
+            }
+            missing.push_back(i);
+        }
+    }
+    // by parts: the first one is computed while the others arrive
+    for (size_t step = 0; step < parts; ++step) {
+        const size_t p = (static_cast<size_t>(part) + step) % parts;
+        for (const size_t i : missing) {
+            const int32_t slot = pass.place[p * n + i];
+            const ReadState state = slots_[static_cast<size_t>(slot)].state[p];
+            if (state == ReadState::none || state == ReadState::failed) {
+                read(group, static_cast<int>(p), slot, pass.experts[i]);
+            }
+        }
+    }
+    pump(group, part);
+    return pass;
+}
+
+void ExpertCache::pump(int group, int part) {
+    Pass & pass = passes_[static_cast<size_t>(group)];
+    const size_t n = pass.experts.size();
+    const size_t parts = groups_[static_cast<size_t>(group)].parts.size();
+    // this part of all experts, then the parts that will be asked for next
+    for (size_t p = static_cast<size_t>(part); p < parts; ++p) {
+        for (size_t i = 0; i < n; ++i) {
+            int32_t & place = pass.place[p * n + i];
+            if (place != UNPLACED || (p != static_cast<size_t>(part) && (pass.served & (1u << p)))) {
+                continue;
+            }
+            const int slot = take_passing(group, static_cast<int>(p) == part ? part : -1);
+            if (slot < 0) {
+                return;
+            }
+            Slot & filled = slots_[static_cast<size_t>(slot)];
+            filled.group = group;
+            filled.expert = pass.experts[i];
+            filled.state.fill(ReadState::none);
+            place = slot;
+            read(group, static_cast<int>(p), slot, pass.experts[i]);
+        }
+    }
+}
+
+// A slot for an expert that passes through, or -1 where all are taken. For the part that is computed now
+// (`part` >= 0), one that only holds a later part is taken back when there is no other way on.
+int ExpertCache::take_passing(int group, int part) {
+    for (const int slot : passing_) {
+        if (slots_[static_cast<size_t>(slot)].group < 0) {
+            settle(slot);
+            return slot;
+        }
+    }
+    for (const int slot : passing_) { // of a pass that another one has interrupted
+        if (slots_[static_cast<size_t>(slot)].group != group) {
+            settle(slot);
+            release(slot);
+            return slot;
+        }
+    }
+    if (part < 0) {
+        return -1;
+    }
+    const Pass & pass = passes_[static_cast<size_t>(group)];
+    const size_t n = pass.experts.size();
+    for (size_t i = 0; i < n; ++i) { // somebody of this part is on the way: no need to hurry
+        const int32_t place = pass.place[static_cast<size_t>(part) * n + i];
+        if (place >= 0 && slots_[static_cast<size_t>(place)].passing) {
+            return -1;
+        }
+    }
+    settle(passing_.back());
+    release(passing_.back());
+    return passing_.back();
+}
+
+int ExpertCache::take_free(int group) {
+    std::vector<int> & list = free_[global() ? 0 : static_cast<size_t>(group)];
+    const int slot = list.back(); // the policy counts them too
+    list.pop_back();
+    settle(slot);
+    return slot;
+}
+
+// Takes a passing slot away from whoever has it.
+void ExpertCache::release(int slot) {
+    Slot & taken = slots_[static_cast<size_t>(slot)];
+    if (taken.group < 0) {
+        return;
+    }
+    Pass & pass = passes_[static_cast<size_t>(taken.group)];
+    for (int32_t & place : pass.place) {
+        if (place == slot) {
+            place = UNPLACED;
+        }
+    }
+    taken.group = -1;
+    taken.expert = -1;
+}
+
+void ExpertCache::read(int group, int part, int slot, int expert) {
+    if (!checked_) { // once for all reads of a pass
+        reader_.check_unchanged();
+        checked_ = true;
+    }
+    const PartSpec & spec = groups_[static_cast<size_t>(group)].parts[static_cast<size_t>(part)];
+    Slot & filled = slots_[static_cast<size_t>(slot)];
+    const Layout & layout = layouts_[static_cast<size_t>(group)];
+    ReadRequest request;
+    request.file = spec.file;
+    request.offset = spec.offset + static_cast<uint64_t>(expert) * spec.nbytes;
+    request.nbytes = spec.nbytes;
+    request.area = filled.base + layout.offset[static_cast<size_t>(part)];
+    request.target = request.area + layout.lead[static_cast<size_t>(part)];
+    request.state = &filled.state[static_cast<size_t>(part)];
+    totals_[static_cast<size_t>(group)].bytes += spec.nbytes;
+    reader_.submit(request);
+}
+
+void ExpertCache::settle(int slot) {
+    for (const ReadState & state : slots_[static_cast<size_t>(slot)].state) {
+        while (state == ReadState::loading) {
+            reader_.wait(WAIT_MILLISECONDS);
+        }
+    }
+}
+
+const Slot * ExpertCache::arrived(int group, int part, size_t i) {
+    const Pass & pass = passes_[static_cast<size_t>(group)];
+    const int32_t place = pass.place[static_cast<size_t>(part) * pass.experts.size() + i];
+    if (place < 0) {
+        return nullptr;
+    }
+    const Slot & slot = slots_[static_cast<size_t>(place)];
+    const ReadState state = slot.state[static_cast<size_t>(part)];
+    if (state == ReadState::failed) {
+        throw ReadError(reader_.error());
+    }
+    return state == ReadState::ready ? &slot : nullptr;
+}
+
+void ExpertCache::finished(int group, int part, size_t i) {
+    Pass & pass = passes_[static_cast<size_t>(group)];
+    int32_t & place = pass.place[static_cast<size_t>(part) * pass.experts.size() + i];
+    if (pass.stays[i] || place < 0) {
+        return;
+    }
+    if (pass.overflow) { // the next one's turn
+        Slot & slot = slots_[static_cast<size_t>(place)];
+        slot.group = -1;
+        slot.expert = -1;
+        place = FINISHED;
+    }
+}
+
+void ExpertCache::recover() {
+    reader_.drain();
+    for (size_t id = 0; id < slots_.size(); ++id) {
+        Slot & slot = slots_[id];
+        if (slot.group < 0) {
+            continue;
+        }
+        if (slot.passing) {
+            release(static_cast<int>(id));
+            continue;
+        }
+        bool whole = true;
+        for (size_t p = 0; p < groups_[static_cast<size_t>(slot.group)].parts.size(); ++p) {
+            whole = whole && slot.state[p] == ReadState::ready;
+        }
+        if (!whole) {
+            policy_->drop(slot.group, slot.expert);
+            resident_slot_[where(slot.group, slot.expert)] = UNPLACED;
+            free_[global() ? 0 : static_cast<size_t>(slot.group)].push_back(static_cast<int>(id));
+            slot.group = -1;
+            slot.expert = -1;
+        }
+    }
+    for (Pass & pass : passes_) {
+        pass.valid = false;
+    }
+}
+
+} // namespace tt

@@ -1,0 +1,95 @@
+// Everything about one model's paged weights: which tensor is where in the files, the memory for what is in
+// use, statistics and the routing trace. One store may serve several contexts, one at a time.
+#pragma once
+
+#include "dense_store.h"
+#include "expert_cache.h"
+#include "ggml_api.h"
+#include "tensortier.h"
+
+#include <cstdio>
+#include <map>
+#include <mutex>
+
+namespace tt {
+
+// A tensor whose data stays on the drive: what its `extra` points to.
+struct Weight {
+    enum class Kind { expert, dense };
+    Kind kind = Kind::dense;
+    int group = 0; // expert: which
+    int part = 0;
+    size_t dense = 0; // dense: which
+    int file = 0;
+    uint64_t offset = 0;
+    uint64_t nbytes = 0;
+    Tensor * tensor = nullptr;
+    int64_t shape[MAX_DIMS] = {}; // while `tensor` does without one
+    class Store * store = nullptr;
+};
+
+// Address space, and memory in it, that goes when this goes.
+class Memory {
+public:
+    // `committed`: filled with zeroed pages at once, and locked where the system allows it.
+    Memory(uint64_t nbytes, bool committed);
+    ~Memory();
+    Memory(const Memory &) = delete;
+    Memory & operator=(const Memory &) = delete;
+    char * data() const { return data_; }
+    uint64_t nbytes() const { return nbytes_; }
+    bool locked() const { return locked_; }
+
+private:
+    char * data_ = nullptr;
+    uint64_t nbytes_ = 0;
+    bool locked_ = false;
+};
+
+class Store {
+public:
+    explicit Store(const tt_tier_config & config);
+    ~Store();
+    Store(const Store &) = delete;
+    Store & operator=(const Store &) = delete;
+
+    // The weight a tensor of this name is, or null.
+    Weight * find(const char * name);
+    // Takes a tensor's shape away, so that llama.cpp, which reads as many bytes as a tensor has, reads none.
+    void hide(Weight & weight, Tensor * tensor);
+    // Gives all of them their shape back, and reads what always stays.
+    void loaded();
+    // The model is gone.
+    void forget_tensors();
+
+    // Held by whoever computes with this store's weights. Everything below needs it.
+    std::mutex mutex;
+
+    Reader & reader() { return *reader_; }
+    ExpertCache * experts() { return experts_.get(); }
+    DenseStore * dense() { return dense_.get(); }
+    void read_weight(const Weight & weight, uint64_t offset, uint64_t nbytes, void * target);
+    // Remembers why a computation failed, and brings everything into a state to go on from.
+    void failed(const std::string & reason);
+    std::string take_error();
+    // Routing is written to this file from now on; null: no more. ReadError where it cannot be written.
+    void trace(const char * path);
+    void stats(tt_tier_stats & stats) const;
+    uint64_t scratch_bytes = 0; // the most that computing took beside our memory
+
+private:
+    void write_trace(int group, const Pass & pass);
+
+    std::vector<Weight> weights_;
+    std::map<std::string, Weight *> by_name_;
+    std::vector<Weight *> hidden_;
+    std::unique_ptr<Reader> reader_;
+    std::unique_ptr<ExpertCache> experts_;
+    std::unique_ptr<DenseStore> dense_;
+    std::unique_ptr<Memory> memory_;
+    std::FILE * trace_ = nullptr;
+    std::string trace_path_;
+    std::string error_;
+};
+
+} // namespace tt

@@ -1,0 +1,114 @@
+// The C interface to tiers, as tensortier.h describes it.
+
+#include "backend.h"
+
+#include <exception>
+
+namespace {
+
+struct Handle {
+    std::shared_ptr<tt::Store> store;
+    std::shared_ptr<tt::PagedType> type;
+};
+
+void tell(char * error, size_t error_size, const char * text) {
+    if (error_size > 0) {
+        std::snprintf(error, error_size, "%s", text);
+    }
+}
+
+Handle & handle(void * tier) {
+    return *static_cast<Handle *>(tier);
+}
+
+// Runs a function; 0, or 1 with what it threw in `error`.
+template <typename Function> int guarded(char * error, size_t error_size, Function function) {
+    tell(error, error_size, "");
+    try {
+        if (!tt::bound()) {
+            throw tt::ReadError("the plug-in is not bound to llama.cpp");
+        }
+        function();
+        return 0;
+    } catch (const std::bad_alloc &) {
+        tell(error, error_size, "not enough memory for the weights to be kept in RAM");
+    } catch (const std::exception & exception) {
+        tell(error, error_size, exception.what());
+    }
+    return 1;
+}
+
+} // namespace
+
+void * tt_tier_open(const tt_tier_config * config, char * error, size_t error_size) {
+    void * opened = nullptr;
+    guarded(error, error_size, [&] {
+        auto made = std::make_unique<Handle>();
+        made->store = std::make_shared<tt::Store>(*config);
+        made->type = tt::make_paged_type(made->store);
+        opened = made.release();
+    });
+    return opened;
+}
+
+void * tt_tier_buffer_type(void * tier) {
+    return &handle(tier).type->type;
+}
+
+void * tt_tier_planned_buffer_type(char * error, size_t error_size) {
+    tt::PagedType * planned = nullptr;
+    guarded(error, error_size, [&] {
+        static const std::shared_ptr<tt::PagedType> only = tt::make_paged_type(nullptr);
+        planned = only.get();
+    });
+    return planned ? &planned->type : nullptr;
+}
+
+int tt_tier_loaded(void * tier, char * error, size_t error_size) {
+    return guarded(error, error_size, [&] { handle(tier).store->loaded(); });
+}
+
+void tt_tier_error(void * tier, char * error, size_t error_size) {
+    tt::Store & store = *handle(tier).store;
+    const std::lock_guard<std::mutex> lock(store.mutex);
+    tell(error, error_size, store.take_error().c_str());
+}
+
+void tt_tier_stats_get(void * tier, tt_tier_stats * stats) {
+    tt::Store & store = *handle(tier).store;
+    const std::lock_guard<std::mutex> lock(store.mutex);
+    store.stats(*stats);
+}
+
+int tt_tier_group_stats_get(void * tier, tt_tier_group_stats * rows, int capacity) {
+    tt::Store & store = *handle(tier).store;
+    const std::lock_guard<std::mutex> lock(store.mutex);
+    if (!store.experts()) {
+        return 0;
+    }
+    const int groups = static_cast<int>(store.experts()->groups());
+    for (int group = 0; group < groups && group < capacity; ++group) {
+        const tt::GroupTotals & totals = store.experts()->totals(group);
+        rows[group] = {totals.passes, totals.uses,          totals.hits,
+                       totals.bytes,  totals.stall_seconds, store.experts()->capacity(group)};
+    }
+    return groups;
+}
+
+int tt_tier_trace(void * tier, const char * path, char * error, size_t error_size) {
+    return guarded(error, error_size, [&] {
+        tt::Store & store = *handle(tier).store;
+        const std::lock_guard<std::mutex> lock(store.mutex);
+        store.trace(path);
+    });
+}
+
+void tt_tier_inject(void * tier, int64_t result, int64_t after, int64_t count) {
+    tt::Store & store = *handle(tier).store;
+    const std::lock_guard<std::mutex> lock(store.mutex);
+    store.reader().inject(result, after, count);
+}
+
+void tt_tier_close(void * tier) {
+    delete &handle(tier);
+}

@@ -1,0 +1,449 @@
+"""Weights that stay on the drive: which they are, the native store that reads them, its statistics and traces."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensortier import gguf, placement
+from tensortier._llama.libs import native
+from tensortier.errors import LoadError, OutOfMemory, PlanError, UsageError
+from tensortier.types import ModelInfo, Plan, Role, Tensor, TierLayerStats, TierStats
+from tensortier.types import Tier as Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+DEVICE = "TIER"  # what overrides call it
+POLICIES = ("lru", "global-lru", "lfu", "static", "second-touch")  # in the order of tt_tier_config.policy
+READERS = ("auto", "io_uring", "threads")
+MAX_PARTS = 4  # of an expert, in native/expert_cache.h
+
+_DENSE, _EXPERTS, _SMALL = 0, 1, 2  # tt_tier_tensor.kind
+
+# The order in which llama.cpp computes them (build_moe_ffn, build_ffn): what is needed first is read first.
+_PARTS = (Role.EXPERT_GATE_UP, Role.EXPERT_UP, Role.EXPERT_GATE, Role.EXPERT_DOWN)
+_ORDER = (
+    Role.ATTENTION,
+    Role.RECURRENT,
+    Role.SHARED_EXPERT,
+    Role.FFN_UP,
+    Role.FFN_GATE,
+    Role.FFN_DOWN,
+    Role.OUTPUT,
+)
+_EXPERT_WEIGHT = re.compile(r"blk\.\d+\.ffn_(?:gate_up|up|gate|down)_(exps|chexps)\.(weight|bias)")
+_DENSE_WEIGHT = re.compile(r"(?:blk\.\d+\.(?:attn|ffn|ssm)_[a-z0-9_]+|output)\.weight")
+
+
+class _Tensor(ctypes.Structure):
+    """``tt_tier_tensor`` of native/tensortier.h"""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("kind", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("part", ctypes.c_int32),
+        ("experts", ctypes.c_int32),
+        ("file", ctypes.c_int32),
+        ("offset", ctypes.c_uint64),
+        ("nbytes", ctypes.c_uint64),
+    )
+
+
+class _Config(ctypes.Structure):
+    """``tt_tier_config``"""
+
+    _fields_ = (
+        ("files", ctypes.POINTER(ctypes.c_char_p)),
+        ("file_sizes", ctypes.POINTER(ctypes.c_uint64)),
+        ("n_files", ctypes.c_int32),
+        ("tensors", ctypes.POINTER(_Tensor)),
+        ("n_tensors", ctypes.c_int32),
+        ("n_groups", ctypes.c_int32),
+        ("used", ctypes.c_int32),
+        ("policy", ctypes.c_int32),
+        ("expert_bytes", ctypes.c_uint64),
+        ("dense_bytes", ctypes.c_uint64),
+        ("frequency", ctypes.POINTER(ctypes.c_double)),
+        ("reader", ctypes.c_int32),
+        ("queue_depth", ctypes.c_int32),
+        ("read_bytes", ctypes.c_uint64),
+    )
+
+
+class _Stats(ctypes.Structure):
+    """``tt_tier_stats``"""
+
+    _fields_ = (
+        ("memory_bytes", ctypes.c_uint64),
+        ("scratch_bytes", ctypes.c_uint64),
+        ("expert_slots", ctypes.c_uint64),
+        ("passing_slots", ctypes.c_uint64),
+        ("resident_bytes", ctypes.c_uint64),
+        ("ring_bytes", ctypes.c_uint64),
+        ("dense_uses", ctypes.c_uint64),
+        ("dense_hits", ctypes.c_uint64),
+        ("dense_bytes", ctypes.c_uint64),
+        ("dense_stall_seconds", ctypes.c_double),
+        ("drive_bytes", ctypes.c_uint64),
+        ("drive_reads", ctypes.c_uint64),
+        ("drive_busy_seconds", ctypes.c_double),
+        ("direct", ctypes.c_int32),
+        ("locked", ctypes.c_int32),
+        ("reader", ctypes.c_char * 16),
+    )
+
+
+class _GroupStats(ctypes.Structure):
+    """``tt_tier_group_stats``"""
+
+    _fields_ = (
+        ("passes", ctypes.c_uint64),
+        ("uses", ctypes.c_uint64),
+        ("hits", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("stall_seconds", ctypes.c_double),
+        ("capacity", ctypes.c_int32),
+    )
+
+
+class _Policy(ctypes.Structure):
+    """``tt_policy``"""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+        ("experts", ctypes.c_int32),
+        ("capacity", ctypes.POINTER(ctypes.c_int32)),
+        ("frequency", ctypes.POINTER(ctypes.c_double)),
+    )
+
+
+def _library() -> ctypes.CDLL:
+    library = native()
+    error = (ctypes.c_char_p, ctypes.c_size_t)
+    handle = ctypes.c_void_p
+    library.tt_tier_open.argtypes = [ctypes.POINTER(_Config), *error]
+    library.tt_tier_open.restype = handle
+    library.tt_tier_buffer_type.argtypes = [handle]
+    library.tt_tier_buffer_type.restype = handle
+    library.tt_tier_loaded.argtypes = [handle, *error]
+    library.tt_tier_error.argtypes = [handle, *error]
+    library.tt_tier_error.restype = None
+    library.tt_tier_stats_get.argtypes = [handle, ctypes.POINTER(_Stats)]
+    library.tt_tier_stats_get.restype = None
+    library.tt_tier_group_stats_get.argtypes = [handle, ctypes.POINTER(_GroupStats), ctypes.c_int]
+    library.tt_tier_trace.argtypes = [handle, ctypes.c_char_p, *error]
+    library.tt_tier_inject.argtypes = [handle, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    library.tt_tier_inject.restype = None
+    library.tt_tier_close.argtypes = [handle]
+    library.tt_tier_close.restype = None
+    library.tt_policy_replay.argtypes = [
+        ctypes.POINTER(_Policy),
+        ctypes.POINTER(ctypes.c_int32),
+        ctypes.c_size_t,
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.POINTER(ctypes.c_uint64),
+        *error,
+    ]
+    library.tt_policy_replay.restype = ctypes.c_int64
+    return library
+
+
+def can_page(tensor: Tensor) -> bool:
+    """Whether a weight can stay on the drive: those that are only ever multiplied with, which are nearly all
+    bytes of a model. (Of the embedding single rows are looked up; norms and biases are small.)"""
+    if tensor.role.is_routed_expert:
+        return bool(_EXPERT_WEIGHT.fullmatch(tensor.name)) and len(tensor.shape) in (2, 3)
+    return (
+        tensor.role in _ORDER
+        and len(tensor.shape) >= 2
+        and tensor.shape[1] > 1
+        and bool(_DENSE_WEIGHT.fullmatch(tensor.name))
+        and not tensor.name.endswith((".ssm_conv1d.weight", ".ssm_a.weight"))
+    )
+
+
+def paged_tensors(model: ModelInfo, plan: Plan) -> tuple[Tensor, ...]:
+    """The weights that a plan leaves on the drive, in the order in which they are used.
+
+    Raises:
+        PlanError: one of them cannot stay there.
+    """
+    where = placement.resolve(model, plan.placement, {})
+    chosen = [tensor for tensor in model.tensors if where[tensor.name] == DEVICE]
+    for tensor in chosen:
+        if not can_page(tensor):
+            raise PlanError(f"{tensor.name} cannot stay on the drive: an override sends it to {DEVICE}")
+
+    def order(tensor: Tensor) -> tuple[int, int]:
+        layer = tensor.layer if tensor.layer is not None else model.n_layers
+        ranks = _PARTS if tensor.role.is_routed_expert else _ORDER
+        return layer, ranks.index(tensor.role)
+
+    return tuple(sorted(chosen, key=order))
+
+
+def _experts_of(tensor: Tensor) -> tuple[int, str] | None:
+    """(layer, kind of experts) of a weight of routed experts; None for any other tensor, biases too."""
+    found = _EXPERT_WEIGHT.fullmatch(tensor.name)
+    if not found or found[2] != "weight" or tensor.layer is None:
+        return None
+    return tensor.layer, found[1]
+
+
+class PagedWeights:
+    """The store of one model's weights on the drive. ``loaded`` must be called once llama.cpp has loaded the
+    model, before a context is made; ``close`` after the model was freed.
+
+    Raises:
+        PlanError: the plan names what cannot stay on the drive, or settings that do not exist.
+        OutOfMemory: there is too little RAM for what is to be kept there.
+        LoadError: a file cannot be read, or the room is too small for one layer's experts.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        if plan.tier is None:
+            raise PlanError(f'overrides send weights to {DEVICE}, but the plan has no section "tier"')
+        self._handle: int | None = None
+        self._library = _library()
+        settings = plan.tier
+        if settings.policy not in POLICIES:
+            raise PlanError(f"unknown policy {settings.policy!r}; one of: {', '.join(POLICIES)}")
+        if settings.reader not in READERS:
+            raise PlanError(f"unknown reader {settings.reader!r}; one of: {', '.join(READERS)}")
+        model = gguf.read(Path(plan.model))
+        tensors = paged_tensors(model, plan)
+        if not tensors:
+            raise PlanError(f'the plan has a section "tier", but no override sends a weight to {DEVICE}')
+        keys = (key for tensor in tensors if (key := _experts_of(tensor)))
+        self._groups = tuple(dict.fromkeys(keys))
+        experts = max((t.shape[2] for t in tensors if _experts_of(t)), default=0)
+        self.shape = (len(self._groups), experts)  # of the routing: layers with experts, experts of each
+        self._open(model, settings, self._rows(tensors))
+
+    def _rows(self, tensors: Sequence[Tensor]) -> Any:
+        rows = (_Tensor * len(tensors))()
+        parts = [0] * len(self._groups)
+        for row, tensor in zip(rows, tensors, strict=True):
+            row.name = tensor.name.encode()
+            row.file, row.offset, row.nbytes = tensor.file, tensor.offset, tensor.nbytes
+            key = _experts_of(tensor)
+            if key is None:
+                row.kind = _SMALL if tensor.role.is_routed_expert else _DENSE
+                continue
+            group = self._groups.index(key)
+            row.kind, row.group, row.part = _EXPERTS, group, parts[group]
+            row.experts = tensor.shape[2]
+            parts[group] += 1
+        assert max(parts, default=0) <= MAX_PARTS
+        return rows
+
+    def _open(self, model: ModelInfo, settings: Settings, rows: Any) -> None:
+        groups, experts = self.shape
+        frequency = None
+        if settings.policy == "static" and groups:
+            if settings.profile is None:
+                raise PlanError('policy "static" needs a profile: a routing trace')
+            counts = frequencies(read_trace(settings.profile), groups, experts)
+            frequency = (ctypes.c_double * counts.size)(*counts.ravel().tolist())
+        config = _Config(
+            files=(ctypes.c_char_p * len(model.files))(*map(os.fsencode, model.files)),
+            file_sizes=(ctypes.c_uint64 * len(model.files))(*model.file_sizes),
+            n_files=len(model.files),
+            tensors=rows,
+            n_tensors=len(rows),
+            n_groups=groups,
+            used=model.n_expert_used,
+            policy=POLICIES.index(settings.policy),
+            expert_bytes=settings.expert_bytes,
+            dense_bytes=settings.dense_bytes,
+            frequency=frequency,
+            reader=READERS.index(settings.reader),
+            queue_depth=settings.queue_depth,
+            read_bytes=settings.read_bytes,
+        )
+        error = ctypes.create_string_buffer(1024)
+        self._handle = self._library.tt_tier_open(ctypes.byref(config), error, len(error))
+        if not self._handle:
+            text = error.value.decode(errors="replace")
+            raise (OutOfMemory if text.startswith("not enough memory") else LoadError)(text)
+
+    @property
+    def buffer_type(self) -> int:
+        """The ``ggml_backend_buffer_type`` that overrides to "TIER" mean."""
+        handle: int = self._library.tt_tier_buffer_type(self._open_handle())
+        return handle
+
+    def _open_handle(self) -> int:
+        if self._handle is None:
+            raise UsageError("the weights on the drive are closed")
+        return self._handle
+
+    def loaded(self) -> None:
+        """Gives the model its weights on the drive, and reads what always stays in RAM.
+
+        Raises:
+            LoadError: that could not be read.
+        """
+        error = ctypes.create_string_buffer(1024)
+        if self._library.tt_tier_loaded(self._open_handle(), error, len(error)):
+            raise LoadError(error.value.decode(errors="replace"))
+
+    def take_error(self) -> str:
+        """Why a computation failed since the last call; empty where none has."""
+        error = ctypes.create_string_buffer(1024)
+        self._library.tt_tier_error(self._open_handle(), error, len(error))
+        return error.value.decode(errors="replace")
+
+    def stats(self) -> TierStats:
+        """Since the model was loaded."""
+        raw = _Stats()
+        rows = (_GroupStats * max(len(self._groups), 1))()
+        self._library.tt_tier_stats_get(self._open_handle(), ctypes.byref(raw))
+        count = self._library.tt_tier_group_stats_get(self._open_handle(), rows, len(rows))
+        layers = tuple(
+            TierLayerStats(layer, row.capacity, row.passes, row.uses, row.hits, row.bytes, row.stall_seconds)
+            for (layer, _), row in zip(self._groups, rows[:count], strict=True)
+        )
+        return TierStats(
+            layers,
+            raw.memory_bytes,
+            raw.scratch_bytes,
+            raw.expert_slots,
+            raw.passing_slots,
+            raw.resident_bytes,
+            raw.ring_bytes,
+            raw.dense_uses,
+            raw.dense_hits,
+            raw.dense_bytes,
+            raw.dense_stall_seconds,
+            raw.drive_bytes,
+            raw.drive_reads,
+            raw.drive_busy_seconds,
+            raw.reader.decode(),
+            bool(raw.direct),
+            bool(raw.locked),
+        )
+
+    def trace(self, path: Path | None) -> None:
+        """Routing is written to ``path`` from now on (see ``read_trace``); None ends that and closes the file.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        error = ctypes.create_string_buffer(1024)
+        name = None if path is None else os.fsencode(path)
+        if self._library.tt_tier_trace(self._open_handle(), name, error, len(error)):
+            raise UsageError(error.value.decode(errors="replace"))
+
+    def inject_fault(self, result: int, after: int = 0, count: int = 1) -> None:
+        """For tests: after so many more reads, the next ``count`` end with ``result``, a negative errno or fewer
+        bytes than were asked for."""
+        self._library.tt_tier_inject(self._open_handle(), result, after, count)
+
+    def close(self) -> None:
+        """Closes the files and frees the memory, once the model is freed too. Closing twice is fine."""
+        if self._handle is not None:
+            self._library.tt_tier_close(self._handle)
+            self._handle = None
+
+
+# --- traces and replay
+
+
+def read_trace(path: str | Path) -> NDArray[np.int32]:
+    """A routing trace as one array: for each pass the layer's number among those with experts, the tokens, the
+    experts each token uses, and then their ids, token after token.
+
+    Raises:
+        UsageError: the file is not there, or is no such trace.
+    """
+    import numpy as np
+
+    try:
+        data: NDArray[np.int32] = np.fromfile(path, dtype="<i4")
+    except OSError as exc:
+        raise UsageError(f"cannot read the trace {path}: {exc.strerror}") from exc
+    at = 0
+    while at + 3 <= data.size and data[at + 1] >= 0 and data[at + 2] >= 0:
+        at += 3 + int(data[at + 1]) * int(data[at + 2])
+    if at != data.size or Path(path).stat().st_size % 4:
+        raise UsageError(f"{path} is not a routing trace, or was cut off")
+    return data
+
+
+def frequencies(trace: NDArray[np.int32], groups: int, experts: int) -> NDArray[np.float64]:
+    """How often each expert was chosen: ``[group, expert]``.
+
+    Raises:
+        UsageError: the trace is of another model.
+    """
+    import numpy as np
+
+    counts = np.zeros((groups, experts))
+    at = 0
+    while at < trace.size:
+        group, n = int(trace[at]), int(trace[at + 1]) * int(trace[at + 2])
+        ids = trace[at + 3 : at + 3 + n]
+        if not 0 <= group < groups or (n and not 0 <= ids.min() <= ids.max() < experts):
+            raise UsageError("the trace is of another model")
+        counts[group] += np.bincount(ids, minlength=experts)
+        at += 3 + n
+    return counts
+
+
+def replay(
+    trace: NDArray[np.int32],
+    policy: str,
+    capacity: Sequence[int],
+    shape: tuple[int, int],
+    frequency: NDArray[np.float64] | None = None,
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """(hits, uses) of each group when a policy had decided on the routing of a trace, by the code that decides
+    while a model runs.
+
+    Args:
+        capacity: experts that stay, of each group; one number for "global-lru".
+        shape: groups, and experts of each.
+        frequency: for "static": ``[group, expert]``.
+
+    Raises:
+        UsageError: the trace does not fit the shape, or the policy lacks something.
+    """
+    import numpy as np
+
+    groups, experts = shape
+    if policy not in POLICIES:
+        raise UsageError(f"unknown policy {policy!r}; one of: {', '.join(POLICIES)}")
+    if len(capacity) != (1 if policy == "global-lru" else groups):
+        raise UsageError(f"policy {policy!r} takes {1 if policy == 'global-lru' else groups} capacities")
+    room = (ctypes.c_int32 * len(capacity))(*capacity)
+    weights = None
+    if frequency is not None:
+        if frequency.shape != shape:
+            raise UsageError(f"frequencies of shape {frequency.shape} for a model of {shape}")
+        weights = (ctypes.c_double * frequency.size)(*frequency.ravel().tolist())
+    setup = _Policy(POLICIES.index(policy), groups, experts, room, weights)
+    numbers = np.ascontiguousarray(trace, dtype=np.int32)
+    hits, uses = np.zeros(groups, np.uint64), np.zeros(groups, np.uint64)
+    error = ctypes.create_string_buffer(1024)
+    unsigned = ctypes.POINTER(ctypes.c_uint64)
+    passes = _library().tt_policy_replay(
+        ctypes.byref(setup),
+        numbers.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+        numbers.size,
+        hits.ctypes.data_as(unsigned),
+        uses.ctypes.data_as(unsigned),
+        error,
+        len(error),
+    )
+    if passes < 0:
+        raise UsageError(error.value.decode(errors="replace"))
+    return hits, uses
