@@ -104,6 +104,7 @@ def answer_json(engine: Engine, plan: Plan, answer: Answer) -> str:
             "load_seconds": engine.load_seconds,
             "context": engine.n_ctx,
             "devices": devices_json(engine),
+            "estimate": None if plan.estimate is None else asdict(plan.estimate),
             "reasons": list(plan.reasons),
             "warnings": list(plan.warnings),
         },

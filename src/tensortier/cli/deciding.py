@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tensortier.cli.common import readable_size
 from tensortier.cli.placing import Manual, Undecided
-from tensortier.errors import OutOfMemory, UsageError
+from tensortier.errors import ModelNotFound, OutOfMemory, UsageError
 from tensortier.types import Device, Hardware, ModelInfo, Plan, Settings, Workload
 
 if TYPE_CHECKING:
@@ -102,7 +102,14 @@ def given_plan(plan: Plan, name: str) -> Plan:
             f"this plan was made for a remote file: download it, and run the plan with it: tensortier run FILE "
             f"--plan PLAN ({name})"
         )
-    source = library.find(name)
+    try:
+        source = library.find(name)
+    except ModelNotFound as exc:
+        if name != plan.model:
+            raise
+        raise ModelNotFound(
+            f"the plan's model is no longer there ({name}): say where it is now: tensortier run MODEL --plan FILE"
+        ) from exc
     planid.check_model(plan, gguf.read(source))
     if plan.machine_id:
         planid.check_machine(plan, hardware.probe(source, rpc=plan.rpc))
@@ -176,7 +183,12 @@ def plan_with_less(planned: Planned, failure: OutOfMemory) -> Planned:
     Raises:
         OutOfMemory: ``failure``, where there is nothing to take away.
     """
-    from tensortier import placement
+    from tensortier import placement, planner
+
+    def less(asked: int, total: int) -> int:
+        """What has to be free for a plan that takes less than ``asked``: the planner keeps a margin of it."""
+        margin = min(planner.DEVICE_MARGIN, total // 10)
+        return max(0, asked - max(asked // 20, 256 << 20)) + margin
 
     gpus = [d.name for d in placement.gpus(planned.hardware)]
     held = {
@@ -186,9 +198,7 @@ def plan_with_less(planned: Planned, failure: OutOfMemory) -> Planned:
     if not named:
         raise failure
     devices = tuple(
-        replace(d, memory_free=max(0, named[d.name] - max(named[d.name] // 20, 256 << 20)))
-        if d.name in named
-        else d
+        replace(d, memory_free=less(named[d.name], d.memory_total)) if d.name in named else d
         for d in planned.hardware.devices
     )
     machine = replace(planned.hardware, devices=devices)
