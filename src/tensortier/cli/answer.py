@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from tensortier import explain
 from tensortier.cli.common import note, readable_size
 from tensortier.cli.worker import EngineThread
 from tensortier.errors import Cancelled
@@ -128,9 +129,11 @@ def memory_lines(engine: Engine) -> Sequence[str]:
 
 
 def print_plan(plan: Plan, *, quiet: bool) -> None:
-    """The plan's warnings, and unless ``quiet`` its reasons, on standard error."""
+    """The plan's warnings, and unless ``quiet`` its reasons and predicted speeds, on standard error."""
     if not quiet:
         for reason in plan.reasons:
             note(reason)
+        if plan.estimate is not None:
+            note(f"predicted: {explain.predicted(plan)[0]}")
     for warning in plan.warnings:
         note(f"tensortier: warning: {warning}")
