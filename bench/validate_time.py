@@ -202,7 +202,7 @@ def main() -> None:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             endpoint = stack.enter_context(rpc_server(folder / "server.log"))
-            rows += run([c for c in remote_cases() if args.only in c.name], (endpoint,), keep=False)
+            rows += run([c for c in remote_cases() if args.only in c.name], (endpoint,), keep=args.keep)
     print(summary(rows))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

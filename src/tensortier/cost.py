@@ -31,6 +31,9 @@ FAULT_FACTOR = 3.0
 FAULT_SPREAD = 0.6
 CPU = "CPU"
 _F32_BYTES = 4
+MODEL_ERROR = (
+    0.10  # relative, besides the scatter of what it adds up: most of bench/validate_time.py lies within
+)
 
 
 @dataclass(frozen=True)
@@ -426,7 +429,7 @@ def combine(parts: Iterable[Both], workload: Workload, rates: Rates, devices: It
 
     def speed(spent: Spent, tokens: int) -> tuple[float, tuple[float, float]]:
         middle = max(spent.seconds, 1e-12)
-        slack = min(spent.slack, 0.9 * middle)
+        slack = min(spent.slack + MODEL_ERROR * middle, 0.9 * middle)
         return tokens / middle, (tokens / (middle + slack), tokens / (middle - slack))
 
     prefill_speed, prefill_interval = speed(prefill, workload.prompt)

@@ -91,6 +91,7 @@ TYPES = (
     "IQ2_XXS",
     "MXFP4",
 )
+FAST_TYPES = ("F16", "BF16", "Q8_0", "Q6_K")  # on a CPU bound by memory
 REMOTE_TYPES = (
     "F16",
     "Q8_0",
@@ -166,7 +167,9 @@ def _jobs(device: Device, hardware: Hardware, small: Models, rpc: Sequence[str])
     kernels = (False, True) if on_cpu else (False,)
     name = device.name
 
-    large = (64 if remote else 384) * MIB
+    def size_for(kind: str, repack: bool) -> int:
+        """Bytes: enough for a kernel that reads faster than memory gives, less for one that computes longer."""
+        return (64 if remote else 320 if repack or kind in FAST_TYPES else 128) * MIB
 
     def product(
         kind: str,
@@ -199,6 +202,7 @@ def _jobs(device: Device, hardware: Hardware, small: Models, rpc: Sequence[str])
     for kind in REMOTE_TYPES if remote else TYPES:
         for repack in kernels:
             what = f"{name} {kind}"
+            large = size_for(kind, repack)
             yield what, product(kind, cores, repack, large)
             yield what, product(kind, cores, repack, large // 4, columns=SHORT)
             for experts in (False, True):
@@ -208,10 +212,11 @@ def _jobs(device: Device, hardware: Hardware, small: Models, rpc: Sequence[str])
                 yield what, product(kind, threads[0], repack, large // 3)
     for kind in KV_TYPES:
         for width in (64, 128, 256) if kind == "F16" else (64, 128):
-            for cells in (256, 2048, 8192):
+            for cells in (512, 2048, 8192) if kind == "F16" else (512, 8192):
                 yield f"{name} attention {kind}", attention(kind, cores, width, cells, 1)
         for width in (64, 128):
-            yield f"{name} attention {kind} prefill", attention(kind, cores, width, 2048, WIDE)
+            for cells in (1024, 8192) if kind == "F16" else (1024,):
+                yield f"{name} attention {kind} prefill", attention(kind, cores, width, cells, WIDE)
     if on_cpu and cores > 1:
         yield f"{name} attention", attention("F16", 1, 64, 2048, 1)
     for n in threads:

@@ -17,7 +17,7 @@ DEPTHS = (1, 4, 16)
 
 
 def measure_drive(
-    near: Path | None = None, *, file_bytes: int = 256 * MIB, seconds: float = 0.25
+    near: Path | None = None, *, file_bytes: int = 256 * MIB, seconds: float = 0.2
 ) -> list[DriveRead]:
     """Random reads of a file past the page cache, ``seconds`` for each block size and depth. The file is made
     beside ``near`` (default: in the cache folder) and removed.
