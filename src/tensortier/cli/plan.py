@@ -233,7 +233,7 @@ def plan(
     else:
         show.plan(planned, console(), explain=explain)
         return
-    for warning in (*planned.hardware.warnings, *planned.plan.warnings):
+    for warning in show.warnings(planned):
         note(f"warning: {warning}")
 
 

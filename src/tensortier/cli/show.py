@@ -24,7 +24,14 @@ def plan(planned: Planned, out: Console, *, explain: bool) -> None:
     _say(out, *(f"  {override.pattern} -> {override.device}" for override in found.placement.overrides))
     if explain:
         _explain(planned, out)
-    _say(out, *(f"warning: {w}" for w in (*planned.hardware.warnings, *found.warnings)))
+    _say(out, *(f"warning: {w}" for w in warnings(planned)))
+
+
+def warnings(planned: Planned) -> tuple[str, ...]:
+    """Of the machine, of its measurement, and of the plan."""
+    notes = () if planned.rates is None else planned.rates.notes
+    measured = (f"when this machine was measured, {note}" for note in notes)
+    return (*planned.hardware.warnings, *measured, *planned.plan.warnings)
 
 
 def summary(planned: Planned) -> list[str]:
