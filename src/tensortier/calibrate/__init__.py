@@ -122,7 +122,10 @@ def calibrate(
     Raises:
         LibraryError: a device is gone, or has too little memory for the test's few hundred MiB.
     """
+    from tensortier._llama import devices
+
     started = time.perf_counter()
+    devices.load_modules(tuple(rpc))
     notes: list[str] = []
     if (others := _busy_cores()) > BUSY:
         notes.append(f"other processes were using {others:.1f} cores: the figures may be far too low")
@@ -210,12 +213,12 @@ def _jobs(device: Device, hardware: Hardware, small: Models, rpc: Sequence[str])
                 yield what, product(kind, cores, repack, 0, columns=columns, batch=WIDE, experts=experts)
             if threads[0] < cores:
                 yield what, product(kind, threads[0], repack, large // 3)
-    for kind in KV_TYPES:
+    for kind in KV_TYPES[:1] if remote else KV_TYPES:
         for width in (64, 128, 256) if kind == "F16" else (64, 128):
             for cells in (512, 2048, 8192) if kind == "F16" else (512, 8192):
                 yield f"{name} attention {kind}", attention(kind, cores, width, cells, 1)
         for width in (64, 128):
-            for cells in (1024, 8192) if kind == "F16" else (1024,):
+            for cells in (1024, 8192) if kind == "F16" and not remote else (1024,):
                 yield f"{name} attention {kind} prefill", attention(kind, cores, width, cells, WIDE)
     if on_cpu and cores > 1:
         yield f"{name} attention", attention("F16", 1, 64, 2048, 1)
