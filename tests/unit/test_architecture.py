@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "overrides": {"types"},
     "export": {"types", "errors", "patterns", "placement", "overrides"},
     "optimizer": {"types", "errors", "formulas", "placement", "overrides", "cost"},
+    "fit": {"types", "memory", "overrides", "placement"},
     "planner": {"types", "errors", "placement", "memory", "overrides"},
     "_llama": {"types", "errors", "backends", "placement", "planfile"},
     "tier": {"types", "errors", "gguf", "placement", "_llama"},
