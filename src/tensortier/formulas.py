@@ -94,6 +94,8 @@ def compute_bytes(
     ffn: bool = True,
     output: bool = True,
     inputs: bool = True,
+    staged: int = 0,
+    staged_output: int = 0,
 ) -> int:
     """The compute buffer of a device, by what it computes of a whole micro-batch: an estimate, usually within a
     few MiB with flash attention.
@@ -101,7 +103,13 @@ def compute_bytes(
     The larger of two moments: the output (logits of every token beside the hidden states), and a layer (the
     attention mask, hidden states, and the widest of feed-forward and attention). ``inputs``: it also looks up the
     embedding, as the CPU does; the mask is made there too.
+
+    ``staged``: bytes of the largest matrix that is copied here for wide batches (op offload), ``staged_output``
+    those of the output's where that is one. llama.cpp begins a new piece of the graph for each such matrix, so no
+    two are there at once (ggml_backend_sched_split_graph); not compared with a device yet.
     """
+    ffn = ffn or staged > 0
+    output = output or staged_output > 0
     batch = ubatch_of(model, settings)
     context = context_of(model, settings)
     flash = settings.flash_attention != "off"
@@ -111,6 +119,7 @@ def compute_bytes(
     if any(model.swa_layers) and model.sliding_window:
         masked += padded(min(context, model.sliding_window + batch))
     mask = (2 if flash else 4) * masked * batch
+    logits += staged_output
     if not (attention or ffn):
         return max(logits, mask + 2 * state if inputs else 0)
     wide = 0
@@ -122,7 +131,7 @@ def compute_bytes(
             wide = max(3 * neurons, (2 * model.n_expert_used + 1) * state)
     if attention and not flash:
         wide = max(wide, 4 * batch * max(model.n_head, default=0) * context)
-    return max(logits, mask + wide + state * (4 if attention else 1))
+    return max(logits, mask + wide + staged + state * (4 if attention else 1))
 
 
 def _expert_width(model: ModelInfo) -> int:

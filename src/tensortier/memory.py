@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Protocol
 
@@ -104,12 +104,14 @@ class Formulas:
     """Answers the same questions by formula, for a machine or a model that is not here: weights and KV cache to
     the byte but for alignment, the compute buffer within some tens of MiB (``formulas.compute_bytes``).
 
-    ``free``: bytes per device, by which layers are shared out where a plan gives no shares.
+    ``free``: bytes per device, by which layers are shared out where a plan gives no shares. ``helpers``: devices
+    that take wide products of weights in main memory (op offload).
     """
 
-    def __init__(self, model: ModelInfo, free: Mapping[str, int]) -> None:
+    def __init__(self, model: ModelInfo, free: Mapping[str, int], helpers: Collection[str] = ()) -> None:
         self._model = model
         self._free = free
+        self._helpers = helpers
 
     def ask(self, plan: Plan) -> tuple[DeviceMemory, ...]:
         """As ``Probe.ask``, at once."""
@@ -126,6 +128,7 @@ class Formulas:
             home = device if place.kv_on_device else "CPU"
             kv[home] = kv.get(home, 0) + size
         ffn = {where[t.name] for t in model.tensors if t.role.is_dense_ffn or t.role.is_routed_expert}
+        helper, staged, staged_output = self._staged(plan, where, output)
         return tuple(
             DeviceMemory(
                 device,
@@ -138,10 +141,24 @@ class Formulas:
                     ffn=device in ffn,
                     output=device == output,
                     inputs=device == "CPU",
+                    staged=staged if device == helper else 0,
+                    staged_output=staged_output if device == helper else 0,
                 ),
             )
-            for device in sorted({"CPU", *layers, *where.values()})
+            for device in sorted({"CPU", *layers, *where.values()} | ({helper} if staged else set()))
         )
+
+    def _staged(self, plan: Plan, where: Mapping[str, str], output: str) -> tuple[str, int, int]:
+        """The device that is sent weights for wide batches, the largest matrix of a layer that it is sent, and the
+        output's where that is sent. llama.cpp asks its devices in order."""
+        helper = next((d for d in plan.placement.devices if d in self._helpers), "")
+        if not (helper and plan.settings.op_offload):
+            return "", 0, 0
+        here = [t for t in self._model.tensors if where[t.name] == "CPU" and len(t.shape) >= 2]
+        staged = max((t.nbytes for t in here if t.layer is not None), default=0)
+        tied = self._model.tied_output and output == "CPU"
+        name = "token_embd.weight" if tied else "output.weight"
+        return helper, staged, sum(t.nbytes for t in here if t.name == name)
 
 
 def predict(plan: Plan) -> tuple[DeviceMemory, ...]:
