@@ -8,6 +8,8 @@ namespace {
 constexpr int WAIT_MILLISECONDS = 1000;
 // The ring, in the largest weights: two that are computed together, one that arrives, one that is asked for.
 constexpr uint64_t RING_WEIGHTS = 4;
+// And enough under way for a drive to be busy, where weights are small.
+constexpr uint64_t RING_BYTES = 16u << 20;
 
 uint64_t round_up(uint64_t value, uint64_t to) {
     return (value + to - 1) / to * to;
@@ -48,7 +50,8 @@ void DenseStore::choose(uint64_t bytes) {
                         " bytes; the room for them is only " + std::to_string(bytes));
     }
     const bool all = bytes >= total;
-    const uint64_t ring = all ? 0 : std::min(bytes, RING_WEIGHTS * largest);
+    const uint64_t ring =
+        all ? 0 : std::min(bytes, std::max(RING_WEIGHTS * largest, std::min(RING_BYTES, bytes / 4)));
     const uint64_t stay_bytes = all ? total : bytes - ring;
     const double share = total > 0 ? static_cast<double>(stay_bytes) / static_cast<double>(total) : 0.0;
     uint64_t chosen = 0;
@@ -114,9 +117,11 @@ void DenseStore::read(Item & item) {
 char * DenseStore::acquire(size_t id, bool & full) {
     Item & item = items_[id];
     full = false;
-    const bool first = !item.counted;
-    if (first) {
+    if (!item.counted) {
         item.counted = true;
+        if (item.state == ReadState::failed && !item.stays) {
+            leave(id); // read ahead in vain; now that it is needed, once more
+        }
         ++totals_.uses;
         totals_.hits += item.state == ReadState::ready;
         if (!item.stays) {

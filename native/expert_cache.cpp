@@ -10,6 +10,7 @@ constexpr int WAIT_MILLISECONDS = 1000;
 constexpr int SHARED_SEGMENT = 32; // slots per tensor where groups share them: a kernel's work grows with it
 // Enough under way for a drive to be busy while the last expert is computed.
 constexpr uint64_t PASSING_BYTES = 8u << 20;
+constexpr uint64_t PASSING_SHARE = 8; // but no more than this part of the memory
 
 uint64_t round_up(uint64_t value, uint64_t to) {
     return (value + to - 1) / to * to;
@@ -87,8 +88,9 @@ void ExpertCache::share_out() {
         }
         return;
     }
+    const uint64_t wanted = std::min(PASSING_BYTES, options_.bytes / PASSING_SHARE) / largest;
     int passing = static_cast<int>(
-        std::clamp<uint64_t>(PASSING_BYTES / largest, 2, static_cast<uint64_t>(most_experts_)));
+        std::clamp<uint64_t>(wanted, 2, std::max<uint64_t>(2, static_cast<uint64_t>(most_experts_))));
     const bool always_stays = options_.policy == PolicyKind::lru;
     passing = std::min(most_slots, always_stays ? passing : std::max(passing, used));
     if (global()) {

@@ -37,6 +37,8 @@ _ORDER = (
     Role.FFN_DOWN,
     Role.OUTPUT,
 )
+_ATTENTION = ("attn_qkv", "attn_q", "attn_k", "attn_v")
+_LAST = ("attn_output.weight", "ssm_out.weight")
 _EXPERT_WEIGHT = re.compile(r"blk\.\d+\.ffn_(?:gate_up|up|gate|down)_(exps|chexps)\.(weight|bias)")
 _DENSE_WEIGHT = re.compile(r"(?:blk\.\d+\.(?:attn|ffn|ssm)_[a-z0-9_]+|output)\.weight")
 
@@ -182,10 +184,12 @@ def paged_tensors(model: ModelInfo, plan: Plan) -> tuple[Tensor, ...]:
         if not can_page(tensor):
             raise PlanError(f"{tensor.name} cannot stay on the drive: an override sends it to {DEVICE}")
 
-    def order(tensor: Tensor) -> tuple[int, int]:
+    def order(tensor: Tensor) -> tuple[int, int, int]:
         layer = tensor.layer if tensor.layer is not None else model.n_layers
         ranks = _PARTS if tensor.role.is_routed_expert else _ORDER
-        return layer, ranks.index(tensor.role)
+        inner = next((i for i, part in enumerate(_ATTENTION) if part in tensor.name), len(_ATTENTION))
+        last = tensor.name.endswith(_LAST)
+        return layer, ranks.index(tensor.role), len(_ATTENTION) + 1 if last else inner
 
     return tuple(sorted(chosen, key=order))
 

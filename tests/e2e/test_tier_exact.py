@@ -1,0 +1,200 @@
+"""Weights on the drive change nothing: logits are those of stock llama.cpp to the last bit, at every budget."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from tensortier import gguf
+from tests import tier_runs as runs
+from tests.models import llamacpp
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"experts": 8, "used": 2, "qtype": "Q4_0"},
+    "qwen3moe": {"arch": "qwen3moe", "experts": 16, "used": 4, "qtype": "Q6_K"},
+    "qwen2moe, shared experts": {"arch": "qwen2moe", "experts": 8, "used": 3, "shared": 512, "qtype": "Q4_K"},
+    "qwen3next, gate and up merged": {
+        "arch": "qwen3next",
+        "layers": 4,
+        "experts": 16,
+        "used": 4,
+        "merged": True,
+        "shared": 512,
+        "qtype": "Q8_0",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def expected_of_moe(moe_path: Path) -> runs.Floats:
+    """Stock llama.cpp's logits of the real mixture."""
+    with runs.stock(moe_path) as (model, ctx):
+        return runs.generate(model, ctx)
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_synthetic_mixtures(shape: str, synthetic: Callable[..., Path]) -> None:
+    path = synthetic(**{"layers": 3, **SHAPES[shape]})
+    with runs.stock(path) as (model, ctx):
+        expected = runs.generate(model, ctx)
+    least, everything = runs.expert_bytes(path)
+    for budget in (least, (least + everything) // 3, everything):
+        with runs.tiered(runs.tier_plan(path, expert_bytes=budget)) as (model, ctx, paged):
+            assert np.array_equal(runs.generate(model, ctx), expected), f"{budget} bytes"
+            stats = paged.stats()
+        assert stats.memory_bytes <= budget
+        assert stats.drive_bytes > 0
+        assert all(layer.passes > 0 for layer in stats.layers)
+
+
+def test_real_mixture(moe_path: Path, expected_of_moe: runs.Floats) -> None:
+    """Real weights and routing; the down projections do not begin at a sector, nor do their experts."""
+    expected = expected_of_moe
+    least, everything = runs.expert_bytes(moe_path)
+    for budget in (least, everything // 4, everything // 2, everything):
+        with runs.tiered(runs.tier_plan(moe_path, expert_bytes=budget)) as (model, ctx, paged):
+            assert np.array_equal(runs.generate(model, ctx), expected), f"{budget} bytes"
+            assert paged.stats().memory_bytes <= budget
+
+
+def test_dense_model(smollm2_path: Path) -> None:
+    with runs.stock(smollm2_path) as (model, ctx):
+        expected = runs.generate(model, ctx)
+    for budget in (600 << 10, 3 << 20, 30 << 20, 100 << 20):
+        plan = runs.tier_plan(smollm2_path, runs.DENSE, dense_bytes=budget)
+        with runs.tiered(plan) as (model, ctx, paged):
+            assert np.array_equal(runs.generate(model, ctx), expected), f"{budget} bytes"
+            stats = paged.stats()
+        assert stats.memory_bytes <= budget
+        assert stats.dense_uses == 30 * 7 * (3 + 12)  # three micro-batches and the steps
+
+
+def test_everything_that_can_stay_on_the_drive(synthetic: Callable[..., Path]) -> None:
+    """Experts, shared experts, attention and the output at once, each with room of its own."""
+    path = synthetic(arch="qwen2moe", layers=3, experts=8, used=3, shared=512, qtype="Q4_K")
+    pattern = r"_exps\.weight|ffn_(up|gate|down)_shexp|attn_(q|k|v|output)\.weight|^output\.weight"
+    with runs.stock(path) as (model, ctx):
+        expected = runs.generate(model, ctx)
+    least, _ = runs.expert_bytes(path)
+    output = next(t.nbytes for t in gguf.read(path).tensors if t.name == "output.weight")
+    plan = runs.tier_plan(path, pattern, expert_bytes=2 * least, dense_bytes=output + 8192)
+    with runs.tiered(plan) as (model, ctx, _paged):
+        assert np.array_equal(runs.generate(model, ctx), expected)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_more_threads(threads: int, synthetic: Callable[..., Path]) -> None:
+    path = synthetic(**{"layers": 3, **SHAPES["qwen3moe"]})
+    least, _ = runs.expert_bytes(path)
+    context = {"n_threads": threads, "n_threads_batch": threads}
+    with runs.stock(path, **context) as (model, ctx):
+        expected = runs.generate(model, ctx)
+    with runs.tiered(runs.tier_plan(path, expert_bytes=2 * least), **context) as (model, ctx, _paged):
+        assert np.array_equal(runs.generate(model, ctx), expected)
+
+
+@pytest.mark.parametrize("policy", ["global-lru", "lfu", "static", "second-touch"])
+def test_every_policy(policy: str, moe_path: Path, expected_of_moe: runs.Floats, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.trace"
+    least, everything = runs.expert_bytes(moe_path)
+    with runs.tiered(runs.tier_plan(moe_path, expert_bytes=least)) as (model, ctx, paged):
+        paged.trace(profile)
+        runs.generate(model, ctx, steps=2)
+        paged.trace(None)
+    plan = runs.tier_plan(moe_path, expert_bytes=everything // 2, policy=policy, profile=str(profile))
+    with runs.tiered(plan) as (model, ctx, _paged):
+        assert np.array_equal(runs.generate(model, ctx), expected_of_moe)
+
+
+@pytest.mark.parametrize("reader", ["threads", "auto"])
+def test_readers_and_small_pieces(reader: str, moe_path: Path, expected_of_moe: runs.Floats) -> None:
+    """One read at a time, in pieces of a few sectors."""
+    least, _ = runs.expert_bytes(moe_path)
+    expected = expected_of_moe[: len(runs.PROMPT) + 2]
+    plan = runs.tier_plan(moe_path, expert_bytes=4 * least, reader=reader, queue_depth=1, read_bytes=100_000)
+    with runs.tiered(plan) as (model, ctx, paged):
+        assert np.array_equal(runs.generate(model, ctx, steps=2), expected)
+        assert paged.stats().reader == "threads" or reader == "auto"
+
+
+@pytest.mark.slow
+def test_five_hundred_greedy_tokens(moe_path: Path) -> None:
+    _, everything = runs.expert_bytes(moe_path)
+    prompt = runs.PROMPT[:8]
+    context = {"n_ctx": 512, "n_threads": 2, "n_threads_batch": 2}
+    with runs.stock(moe_path, **context) as (model, ctx):
+        expected = runs.generate(model, ctx, prompt, 500)
+    with runs.tiered(runs.tier_plan(moe_path, expert_bytes=everything // 2), **context) as (
+        model,
+        ctx,
+        _paged,
+    ):
+        assert np.array_equal(runs.generate(model, ctx, prompt, 500), expected)
+
+
+def test_embeddings(moe_path: Path) -> None:
+    least, _ = runs.expert_bytes(moe_path)
+    width = gguf.read(moe_path).n_embd
+
+    def embeddings(ctx: Any) -> Any:
+        assert runs.decode(ctx, runs.PROMPT) == 0
+        return np.ctypeslib.as_array(llama_cpp.llama_get_embeddings(ctx), (len(runs.PROMPT), width)).copy()
+
+    with runs.stock(moe_path, embeddings=True) as (_, ctx):
+        expected = embeddings(ctx)
+    with runs.tiered(runs.tier_plan(moe_path, expert_bytes=least), embeddings=True) as (_, ctx, _paged):
+        assert np.array_equal(embeddings(ctx), expected)
+
+
+def test_two_contexts_and_two_models(
+    moe_path: Path, smollm2_path: Path, expected_of_moe: runs.Floats
+) -> None:
+    """Contexts of one model take turns in its store, also in the middle of a conversation."""
+    least, _ = runs.expert_bytes(moe_path)
+    expected = expected_of_moe
+    with runs.stock(smollm2_path) as (model, ctx):
+        dense_expected = runs.generate(model, ctx, steps=2)
+    plan = runs.tier_plan(moe_path, expert_bytes=3 * least)
+    dense_plan = runs.tier_plan(smollm2_path, runs.DENSE, dense_bytes=3 << 20)
+    with (
+        runs.tiered_model(plan) as (model, _paged),
+        llamacpp.context(model, **runs.CONTEXT) as first,
+        llamacpp.context(model, **runs.CONTEXT) as second,
+        runs.tiered(dense_plan) as (dense_model, dense_ctx, _dense),
+    ):
+        rows = [[runs.logits(model, first, runs.PROMPT)], [runs.logits(model, second, runs.PROMPT)]]
+        assert np.array_equal(runs.generate(dense_model, dense_ctx, steps=2), dense_expected)
+        for step in range(12):
+            for ctx, seen in zip((first, second), rows, strict=True):
+                token = int(seen[-1][-1].argmax())
+                seen.append(runs.logits(model, ctx, [token], len(runs.PROMPT) + step))
+        for seen in rows:
+            assert np.array_equal(np.concatenate(seen), expected)
+
+
+def test_two_threads_share_a_store(moe_path: Path, expected_of_moe: runs.Floats) -> None:
+    least, _ = runs.expert_bytes(moe_path)
+    expected = expected_of_moe[: len(runs.PROMPT) + 3]
+    results: list[Any] = [None, None]
+    with (
+        runs.tiered_model(runs.tier_plan(moe_path, expert_bytes=2 * least)) as (model, _paged),
+        llamacpp.context(model, **runs.CONTEXT) as first,
+        llamacpp.context(model, **runs.CONTEXT) as second,
+    ):
+
+        def run(i: int, ctx: Any) -> None:
+            results[i] = runs.generate(model, ctx, steps=3)
+
+        threads = [threading.Thread(target=run, args=(i, ctx)) for i, ctx in enumerate((first, second))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for result in results:
+        assert np.array_equal(result, expected)

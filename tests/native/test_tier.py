@@ -1,0 +1,186 @@
+"""The store and the backend at work, small enough to run under the sanitizers (scripts/sanitize.py).
+
+Computing is done by one thread: the sanitizers do not know the barriers of ggml's own thread pool.
+"""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tensortier.tier import PagedWeights, replay
+from tests import tier_runs as runs
+from tests.models import llamacpp
+
+
+@pytest.fixture(scope="module")
+def path(synthetic: Callable[..., Path]) -> Path:
+    return synthetic(arch="qwen2moe", layers=2, experts=8, used=2, shared=256, qtype="Q4_K")
+
+
+@pytest.fixture(scope="module")
+def expected(path: Path) -> runs.Floats:
+    with runs.stock(path) as (model, ctx):
+        return runs.generate(model, ctx, steps=4)
+
+
+PATTERN = r"_exps\.weight|ffn_(up|gate|down)_shexp|attn_(q|k|v|output)\.weight"
+
+
+@pytest.mark.parametrize("reader", ["auto", "threads"])
+@pytest.mark.parametrize("policy", ["lru", "global-lru", "lfu", "second-touch"])
+def test_it_computes_what_stock_llama_cpp_computes(
+    reader: str, policy: str, path: Path, expected: runs.Floats, tmp_path: Path
+) -> None:
+    least, everything = runs.expert_bytes(path)
+    for budget in (least, (least + everything) // 2, everything):
+        plan = runs.tier_plan(
+            path,
+            PATTERN,
+            expert_bytes=budget,
+            dense_bytes=200 << 10,
+            reader=reader,
+            policy=policy,
+            read_bytes=16 << 10,
+            queue_depth=4,
+        )
+        with runs.tiered(plan) as (model, ctx, paged):
+            paged.trace(tmp_path / "routing.trace")
+            assert np.array_equal(runs.generate(model, ctx, steps=4), expected)
+            paged.trace(None)
+            stats = paged.stats()
+            capacity = [layer.capacity for layer in stats.layers]
+        # the same decisions when the routing is replayed
+        trace = np.fromfile(tmp_path / "routing.trace", np.int32)
+        hits, uses = replay(trace, policy, capacity[:1] if policy == "global-lru" else capacity, (2, 8))
+        assert hits.tolist() == [layer.hits for layer in stats.layers]
+        assert uses.tolist() == [layer.uses for layer in stats.layers]
+
+
+@pytest.mark.parametrize("reader", ["auto", "threads"])
+def test_it_goes_on_after_errors(reader: str, path: Path, expected: runs.Floats) -> None:
+    least, _ = runs.expert_bytes(path)
+    plan = runs.tier_plan(path, PATTERN, expert_bytes=2 * least, dense_bytes=200 << 10, reader=reader)
+    with runs.tiered(plan) as (model, ctx, paged):
+        for after in range(0, 60, 7):
+            paged.inject_fault(-errno.EIO, after=after, count=10_000)
+            assert runs.decode(ctx, runs.PROMPT) < 0
+            assert "Input/output error" in paged.take_error()
+            assert paged.take_error() == ""
+        paged.inject_fault(0, count=0)
+        assert np.array_equal(runs.generate(model, ctx, steps=4), expected)
+
+
+def test_two_threads_with_a_context_each(path: Path, expected: runs.Floats) -> None:
+    least, _ = runs.expert_bytes(path)
+    results: list[object] = [None, None]
+    plan = runs.tier_plan(path, PATTERN, expert_bytes=least, dense_bytes=200 << 10)
+    with (
+        runs.tiered_model(plan) as (model, paged),
+        llamacpp.context(model, **runs.CONTEXT) as first,
+        llamacpp.context(model, **runs.CONTEXT) as second,
+    ):
+
+        def run(i: int, ctx: object) -> None:
+            results[i] = runs.generate(model, ctx, steps=4)
+
+        threads = [threading.Thread(target=run, args=(i, ctx)) for i, ctx in enumerate((first, second))]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            paged.stats()  # may be asked for at any time
+            threads[0].join(0.01)
+        for thread in threads:
+            thread.join()
+    for result in results:
+        assert np.array_equal(result, expected)
+
+
+def test_closed_before_the_model_is(path: Path, expected: runs.Floats) -> None:
+    """The buffers keep the store as long as they need it."""
+    least, _ = runs.expert_bytes(path)
+    with runs.tiered(runs.tier_plan(path, expert_bytes=least)) as (model, ctx, paged):
+        paged.close()
+        assert np.array_equal(runs.generate(model, ctx, steps=4), expected)
+
+
+def test_opened_and_not_used(path: Path) -> None:
+    least, _ = runs.expert_bytes(path)
+    paged = PagedWeights(runs.tier_plan(path, expert_bytes=least))
+    paged.close()
+    paged.close()
+
+
+def test_a_weight_can_be_looked_at(path: Path) -> None:
+    """ggml_backend_tensor_get of a weight on the drive gives the bytes of the file."""
+    import ctypes
+
+    import gguf as oracle
+
+    from tensortier._llama.libs import ggml_function
+
+    least, _ = runs.expert_bytes(path)
+    get = ggml_function(
+        "ggml_backend_tensor_get",
+        None,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+    )
+    tensors = {t.name: t.data for t in oracle.GGUFReader(path).tensors}
+    seen: list[int] = []
+
+    def observe(tensor: int, ask: bool, _: object) -> bool:
+        if ask and not seen:
+            # the first source of a node: ggml_tensor.src[0] behind type, buffer, shape, strides, op, op_params, flags
+            name = ctypes.string_at(tensor + 256)
+            if name.startswith(b"ffn_moe_up-0"):
+                seen.append(ctypes.c_void_p.from_address(tensor + 152).value or 0)
+        return not ask
+
+    import llama_cpp
+
+    callback = llama_cpp.ggml_backend_sched_eval_callback(observe)
+    with runs.tiered(runs.tier_plan(path, expert_bytes=least), cb_eval=callback) as (_, ctx, _paged):
+        assert runs.decode(ctx, runs.PROMPT[:2]) == 0
+        assert seen
+        expected = tensors["blk.0.ffn_up_exps.weight"].tobytes()
+        buffer = ctypes.create_string_buffer(1000)
+        get(seen[0], buffer, 777, 1000)
+        assert buffer.raw == expected[777:1777]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_process_leaves_nothing(path: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of reading: no file anywhere, no memory held (it was anonymous)."""
+    code = f"""
+import sys
+from pathlib import Path
+from tests import tier_runs as runs
+path = Path({str(path)!r})
+with runs.tiered(runs.tier_plan(path, expert_bytes=runs.expert_bytes(path)[0])) as (model, ctx, paged):
+    print("ready", flush=True)
+    while True:
+        runs.generate(model, ctx, steps=4)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    before = {p.name for p in Path("/dev/shm").iterdir()}
+    opened = {p.resolve() for p in Path(f"/proc/{process.pid}/fd").iterdir()}
+    written = [p for p in opened if p.is_file() and p not in (path.resolve(),)]
+    process.kill()
+    assert process.wait(10) == -9
+    process.stdout.close()
+    assert {p.name for p in Path("/dev/shm").iterdir()} <= before
+    assert not written
