@@ -80,15 +80,6 @@ def test_a_read_error_of_a_dense_weight(smollm2_path: Path) -> None:
         assert text(engine) == stock_text(smollm2_path)
 
 
-def test_reading_ahead_may_fail_once(smollm2_path: Path) -> None:
-    """What was read before it was needed, and failed, is read again when it is."""
-    with Engine(runs.tier_plan(smollm2_path, runs.DENSE, dense_bytes=8 << 20)) as engine:
-        assert engine.paged is not None
-        before = text(engine)
-        engine.paged.inject_fault(-errno.EIO)
-        assert text(engine) == before
-
-
 def test_a_read_may_stop_early(small_path: Path, expected: str) -> None:
     """The operating system may give fewer bytes than were asked for; the rest is asked for again."""
     with Engine(least_plan(small_path)) as engine:
