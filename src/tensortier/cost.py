@@ -308,20 +308,28 @@ class Costs:
             path.append(home)
         path.append(device)
         width = self.model.n_embd
-        if self.model.is_moe:
+        experts = any(t.role.is_routed_expert for t in self._movable[layer])
+        if experts:
             width *= max(1, self.model.n_expert_used)
-        parts = [self._crossings(a, b, 1, tokens, width) for a, b in itertools.pairwise(path) if a != b]
+        parts = [
+            self._crossings(a, b, 1, tokens, width, experts=experts)
+            for a, b in itertools.pairwise(path)
+            if a != b
+        ]
         return total(parts)
 
-    def _crossings(self, a: str, b: str, times: int, tokens: int, width: int) -> Spent:
+    def _crossings(
+        self, a: str, b: str, times: int, tokens: int, width: int, *, experts: bool = False
+    ) -> Spent:
         """Handing ``tokens`` rows of ``width`` f32 values from one device to another. By way of main memory."""
         seconds = slack = 0.0
         for end in {a, b} - {CPU}:
             rates = self.rates.of(end)
             link = rates.link or rates.memory
             copy = tokens * width * _F32_BYTES / link.value
-            seconds += times * (rates.split_seconds / 2 + copy)
-            slack += times * (rates.split_seconds / 2 * 0.3 + copy * link.spread)
+            once = (rates.moe_split_seconds if experts else rates.split_seconds) / 2
+            seconds += times * (once + copy)
+            slack += times * (once * 0.3 + copy * link.spread)
         return Spent({"splits": seconds}, slack)
 
     def _cells(self, layer: int, live: int) -> int:

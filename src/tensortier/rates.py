@@ -79,6 +79,7 @@ class DeviceRates:
     wide_layer_seconds: float = 0.0  # as layer_seconds, per token and channel of a wide batch
     link: Speed | None = None  # bytes/s between main memory and the device
     split_seconds: float = 0.0  # for handing a graph over to this device and back once
+    moe_split_seconds: float = 0.0  # the same around routed experts
     threads: int = 1  # that compute
     offloads: bool = False  # takes products of wide batches with weights in main memory (op offload)
     notes: tuple[str, ...] = ()
@@ -118,7 +119,7 @@ def _measured(calibration: Calibration, device: Device, settings: Settings) -> D
     elementwise = next((e for e in calibration.elementwise if e.device == name), None)
     copies = [c for c in calibration.copies if c.device == name and c.to_device]
     link = max(copies, key=lambda c: c.bytes_per_second, default=None)
-    split = next((s for s in calibration.splits if s.device == name), None)
+    splits = {s.experts: s.seconds for s in calibration.splits if s.device == name}
     narrow, wide = kept.narrow(), kept.wide(experts=False)
     fastest = max(narrow.values(), key=lambda v: v.value)
     return DeviceRates(
@@ -137,7 +138,8 @@ def _measured(calibration: Calibration, device: Device, settings: Settings) -> D
         token_seconds=layer.token_seconds if layer else 0.0,
         wide_layer_seconds=elementwise.seconds * _WIDE_OPERATIONS / kept.share if elementwise else 0.0,
         link=Speed(link.bytes_per_second, link.spread) if link else None,
-        split_seconds=split.seconds if split else 0.0,
+        split_seconds=splits.get(False, 0.0),
+        moe_split_seconds=splits.get(True, 0.0),
         offloads=not on_cpu and device.backend not in ("RPC", "MTL"),
         threads=kept.threads if on_cpu else 1,
     )
@@ -329,6 +331,7 @@ def catalogue_gpu(device: Device) -> DeviceRates:
         token_seconds=300e-6,
         link=Speed((link or bandwidth) * LINK_SHARE, ASSUMED_SPREAD),
         split_seconds=GPU_SPLIT_SECONDS,
+        moe_split_seconds=GPU_SPLIT_SECONDS * 1.5,
         offloads=device.backend not in ("RPC", "MTL"),
         notes=tuple(notes),
     )

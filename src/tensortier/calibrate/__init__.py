@@ -172,7 +172,8 @@ def _jobs(device: Device, hardware: Hardware, small: Models, rpc: Sequence[str])
 
     def size_for(kind: str, repack: bool) -> int:
         """Bytes: enough for a kernel that reads faster than memory gives, less for one that computes longer."""
-        return (64 if remote else 320 if repack or kind in FAST_TYPES else 128) * MIB
+        # over a network every operand takes its time to arrive
+        return (32 if remote else 320 if repack or kind in FAST_TYPES else 128) * MIB
 
     def product(
         kind: str,
@@ -202,7 +203,7 @@ def _jobs(device: Device, hardware: Hardware, small: Models, rpc: Sequence[str])
             lambda: measure_attention(name, kind, threads=n, head_dim=width, cells=cells, batch=batch)
         )
 
-    for kind in REMOTE_TYPES if remote else TYPES:
+    for kind in TYPES:
         for repack in kernels:
             what = f"{name} {kind}"
             large = size_for(kind, repack)
@@ -232,7 +233,11 @@ def _jobs(device: Device, hardware: Hardware, small: Models, rpc: Sequence[str])
                     f"{name} copies",
                     lambda p=pinned, t=to_device: measure_copy(name, to_device=t, pinned=p),  # type: ignore[misc]
                 )
-        yield f"{name} splits", lambda: measure_split(small, name, threads=cores, rpc=rpc)
+        for experts in (False, True):
+            yield (
+                f"{name} splits",
+                lambda e=experts: measure_split(small, name, experts=e, threads=cores, rpc=rpc),  # type: ignore[misc]
+            )
 
 
 def _busy_cores() -> float:

@@ -20,7 +20,7 @@ SHALLOW, DEEP = 2, 26  # layers
 _WIDTH, _NEURONS, _HEADS, _KV_HEADS = 256, 512, 4, 2
 _EXPERTS, _USED = 8, 2
 _VOCABULARY = 512
-_FFN = r"\.ffn_(up|down|gate)\."
+_FFN = r"\.ffn_(up|down|gate)(_exps)?\."
 
 
 def write_model(path: Path, layers: int, *, experts: bool = False) -> None:
@@ -81,7 +81,7 @@ def write_model(path: Path, layers: int, *, experts: bool = False) -> None:
 
 
 class Models:
-    """The four files, for as long as they are needed."""
+    """The files, for as long as they are needed."""
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[tuple[int, bool], Path] = {}
@@ -134,13 +134,16 @@ def measure_layers(found: Models, device: str, *, threads: int, rpc: Sequence[st
     return LayerCost(device, threads, layer, more, token, max(deep[1], mixture[1]))
 
 
-def measure_split(found: Models, device: str, *, threads: int, rpc: Sequence[str] = ()) -> Split:
+def measure_split(
+    found: Models, device: str, *, experts: bool, threads: int, rpc: Sequence[str] = ()
+) -> Split:
     """Seconds for leaving ``device`` for the CPU and coming back, with the hidden state of one token: what a layer
-    takes more when its feed-forward weights are on the CPU, less what they take there. From two depths."""
+    takes more when its feed-forward weights (its ``experts``) are on the CPU. From two depths."""
     added = []
     for layers in (SHALLOW, DEEP):
-        whole, spread = _seconds(found.plan(layers, device=device, threads=threads, rpc=rpc))
-        split, more = _seconds(found.plan(layers, device=device, threads=threads, split=True, rpc=rpc))
-        added.append((split - whole, max(spread, more)))
+        whole = found.plan(layers, experts=experts, device=device, threads=threads, rpc=rpc)
+        away = found.plan(layers, experts=experts, device=device, threads=threads, split=True, rpc=rpc)
+        (before, spread), (after, more) = _seconds(whole), _seconds(away)
+        added.append((after - before, max(spread, more)))
     seconds = (added[1][0] - added[0][0]) / (DEEP - SHALLOW)
-    return Split(device, max(0.0, seconds), max(a[1] for a in added))
+    return Split(device, experts, max(0.0, seconds), max(a[1] for a in added))

@@ -12,7 +12,7 @@ from typing import Any
 from tensortier import paths
 from tensortier.types import Hardware
 
-VERSION = 5
+VERSION = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Split:
     """A graph that leaves the device for the CPU and comes back once."""
 
     device: str
+    experts: bool  # routed experts are what is left for: which of them goes over too
     seconds: float
     spread: float
 

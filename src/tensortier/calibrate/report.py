@@ -67,7 +67,9 @@ def render(calibration: Calibration, console: Console) -> None:
         console.print(f"copies {way}, {kind}: {speed(c.bytes_per_second)} GB/s", markup=False)
     for s in calibration.splits:
         console.print(
-            f"{s.device}: {s.seconds * 1e6:.0f} µs to leave it for the CPU and come back", markup=False
+            f"{s.device}: {s.seconds * 1e6:.0f} µs to leave it for "
+            f"{'experts on ' if s.experts else ''}the CPU and come back",
+            markup=False,
         )
     if calibration.drives:
         drive = table(
