@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tensortier import calibrate, hardware
+from tensortier import calibrate, gguf, hardware
+from tensortier.calibrate import drive, layers
 from tensortier.types import Hardware
 
 
@@ -27,9 +28,12 @@ def example(machine: Hardware) -> calibrate.Calibration:
     return calibrate.Calibration(
         calibrate.fingerprint(machine),
         12.5,
-        (calibrate.Product("CPU", "Q4_K", 2, 1, True, 3e10, 0.02),),
-        (calibrate.Attention("CPU", "F16", 2, 1, 2e10, 0.01),),
-        (calibrate.Overhead("CPU", 2, 2e-6, 0.1),),
+        (calibrate.Product("CPU", "Q4_K", 2, 4096, 1, False, True, 3e10, 0.02),),
+        (calibrate.Attention("CPU", "F16", 2, 128, 2048, 1, 2e10, 0.01),),
+        (calibrate.LayerCost("CPU", 2, 3e-5, 1e-5, 5e-6, 0.1),),
+        (calibrate.Elementwise("CPU", 2, 1e-10, 0.1),),
+        (calibrate.Copy("CUDA0", True, True, 2.4e10, 0.01),),
+        (calibrate.Split("CUDA0", False, 6e-5, 0.1),),
         (calibrate.DriveRead("/", 1 << 20, 4, 1.5e9),),
         ("a note",),
     )
@@ -44,48 +48,71 @@ def test_disturbed_runs_do_not_count() -> None:
 
 def test_kept_and_found_again(machine: Hardware, cache: Path) -> None:
     assert calibrate.load(machine) is None
-    calibrate.save(example(machine))
+    calibrate.save(machine, example(machine))
     assert calibrate.load(machine) == example(machine)
-    assert [p.name for p in calibrate.path().parent.iterdir()] == ["calibration.json"]
+    assert list(calibrate.path(machine).parent.iterdir()) == [calibrate.path(machine)]
 
 
 @pytest.mark.parametrize("change", [{"cpu_model": "another"}, {"ram_total": 1}, {"devices": ()}])
 def test_another_machine_does_not_use_it(machine: Hardware, cache: Path, change: dict[str, object]) -> None:
-    calibrate.save(example(machine))
+    calibrate.save(machine, example(machine))
     assert calibrate.load(dataclasses.replace(machine, **change)) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"fingerprint": 1}', '{"products": [{"x": 1}]}'])
 def test_a_damaged_file_is_measured_anew(machine: Hardware, cache: Path, text: str) -> None:
-    calibrate.path().parent.mkdir(parents=True, exist_ok=True)
-    calibrate.path().write_text(text)
+    calibrate.path(machine).parent.mkdir(parents=True, exist_ok=True)
+    calibrate.path(machine).write_text(text)
     assert calibrate.load(machine) is None
 
 
 def test_products_are_bounded_by_physics() -> None:
     """No CPU reads 2 TB/s from memory, and a busy one still does more than a MB/s. A larger batch reads the same
     weights more slowly, for it does more arithmetic per byte."""
-    one = calibrate.measure_product("CPU", "Q8_0", threads=1)
-    many = calibrate.measure_product("CPU", "Q8_0", threads=1, batch=128)
-    assert one is not None and many is not None
+    one = calibrate.measure_product("CPU", "Q8_0", threads=1, operand_bytes=32 << 20)
+    many = calibrate.measure_product("CPU", "Q8_0", threads=1, columns=2048, batch=128)
+    experts = calibrate.measure_product("CPU", "Q8_0", threads=1, columns=2048, batch=128, experts=True)
+    assert one is not None and many is not None and experts is not None
     assert 1e6 < one.bytes_per_second < 2e12
     assert many.bytes_per_second < one.bytes_per_second
+    assert 1e5 < experts.bytes_per_second < one.bytes_per_second
 
 
 def test_a_kernel_that_does_not_exist() -> None:
-    assert calibrate.measure_product("CPU", "F16", threads=1, repack=True) is None
+    assert calibrate.measure_product("CPU", "F16", threads=1, repack=True, operand_bytes=32 << 20) is None
 
 
 def test_attention() -> None:
-    row = calibrate.measure_attention("CPU", "F16", threads=1, cells=1024)
+    row = calibrate.measure_attention("CPU", "F16", threads=1, head_dim=64, cells=512)
     assert row is not None
-    assert 1e6 < row.bytes_per_second < 2e12
+    assert 1e6 < row.elements_per_second < 2e12
 
 
-def test_overhead() -> None:
-    """Between a tenth of a microsecond and, on a busy machine, some tens of milliseconds."""
-    row = calibrate.measure_overhead("CPU", threads=1)
-    assert 1e-7 < row.seconds < 0.05
+def test_layers_through_llama_cpp() -> None:
+    """A layer of a tiny model takes between a microsecond and, on a busy machine, some milliseconds."""
+    with layers.models() as small:
+        row = layers.measure_layers(small, "CPU", threads=1)
+    assert 1e-6 < row.layer_seconds < 0.01
+    assert row.token_seconds < 0.01
+
+
+def test_the_models_of_the_calibration_are_valid(tmp_path: Path) -> None:
+    """By the reader, which agrees with gguf-py: depth, experts, and matrices that any cache holds."""
+    layers.write_model(tmp_path / "m.gguf", 3, experts=True)
+    model = gguf.read(tmp_path / "m.gguf")
+    assert (model.n_layers, model.n_expert, model.n_expert_used) == (3, 8, 2)
+    assert max(t.nbytes for t in model.tensors) < 2 << 20
+
+
+def test_elementwise() -> None:
+    assert 1e-12 < calibrate.measure_elementwise("CPU", threads=1).seconds < 1e-6
+
+
+def test_copies() -> None:
+    row = calibrate.measure_copy("CPU", to_device=True, pinned=False, nbytes=1 << 20)
+    assert row is not None
+    assert 1e6 < row.bytes_per_second < 1e13
+    assert calibrate.measure_copy("CPU", to_device=True, pinned=True, nbytes=1 << 20) is None
 
 
 def test_drive(tmp_path: Path) -> None:
@@ -93,7 +120,7 @@ def test_drive(tmp_path: Path) -> None:
         rows = calibrate.measure_drive(tmp_path, file_bytes=16 << 20, seconds=0.02)
     except OSError as exc:
         pytest.skip(f"this file system cannot read past its cache: {exc}")
-    assert {(r.block, r.depth) for r in rows} == {(b, d) for b in calibrate.BLOCKS for d in calibrate.DEPTHS}
+    assert {(r.block, r.depth) for r in rows} == {(b, d) for b in drive.BLOCKS for d in drive.DEPTHS}
     assert all(1e5 < r.bytes_per_second < 1e12 for r in rows)
     assert list(tmp_path.iterdir()) == []
 
