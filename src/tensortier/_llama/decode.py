@@ -20,7 +20,7 @@ class Timer:
     """A loaded model and a context. Token numbers are made up from the vocabulary."""
 
     def __init__(self, context: Any, n_vocab: int) -> None:
-        self._context = context
+        self.context = context  # llama_context *
         self._n_vocab = n_vocab
         self._memory = llama().llama_get_memory(context)
 
@@ -37,8 +37,8 @@ class Timer:
         bindings = llama()
         numbers = (ctypes.c_int32 * tokens)(*((17 * i + 5) % self._n_vocab for i in range(tokens)))
         start = time.perf_counter()
-        result = bindings.llama_decode(self._context, bindings.llama_batch_get_one(numbers, tokens))
-        bindings.llama_synchronize(self._context)
+        result = bindings.llama_decode(self.context, bindings.llama_batch_get_one(numbers, tokens))
+        bindings.llama_synchronize(self.context)
         seconds = time.perf_counter() - start
         if result != 0:
             raise GenerationError(f"llama.cpp failed while it computed: llama_decode returned {result}")
@@ -56,9 +56,9 @@ class Timer:
         numbers = (ctypes.c_int32 * 1)(7 % self._n_vocab)
         start = time.perf_counter()
         for _ in range(tokens):
-            if bindings.llama_decode(self._context, bindings.llama_batch_get_one(numbers, 1)) != 0:
+            if bindings.llama_decode(self.context, bindings.llama_batch_get_one(numbers, 1)) != 0:
                 raise GenerationError("llama.cpp failed while it computed")
-            bindings.llama_synchronize(self._context)
+            bindings.llama_synchronize(self.context)
         return (time.perf_counter() - start) / tokens
 
 
