@@ -32,6 +32,12 @@ sys.exit(pytest.main(["-p", "no:cacheprovider", "-k", "not links_to", "tests/nat
 """
 
 
+def library_path(name: str) -> str:
+    """Where the compiler finds a library."""
+    command = ["c++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> int:
     failed = []
     for sanitizer, (runtime, options) in RUNS.items():
@@ -41,10 +47,9 @@ def main() -> int:
             [*configure, f"-DTENSORTIER_SANITIZE={sanitizer}"], check=True, stdout=subprocess.DEVNULL
         )
         subprocess.run(["cmake", "--build", str(folder)], check=True, stdout=subprocess.DEVNULL)
-        found = subprocess.run(
-            ["c++", f"-print-file-name={runtime}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        environment = {**os.environ, **options, "LD_PRELOAD": found}
+        # the C++ runtime too, or the sanitizer does not find the function that throws
+        found = [library_path(name) for name in (runtime, "libstdc++.so")]
+        environment = {**os.environ, **options, "LD_PRELOAD": " ".join(found)}
         print(f"--- {sanitizer}", flush=True)
         done = subprocess.run([sys.executable, "-c", TESTS, str(folder)], cwd=ROOT, env=environment)
         if done.returncode:
