@@ -95,8 +95,11 @@ class _Pattern:
     bytes: Mapping[str, int]
 
 
-def solve(costs: Costs, limits: Limits, *, exact: bool = False) -> Solution | None:
-    """The placement that finishes ``costs.workload`` soonest, or None where nothing fits.
+def solve(
+    costs: Costs, limits: Limits, *, exact: bool = False, cutoff: float | None = None
+) -> Solution | None:
+    """The placement that finishes ``costs.workload`` soonest, or None where nothing fits, or nothing promises to
+    take less than ``cutoff`` seconds.
 
     ``exact``: the optimum however long it takes. Without it the answer is within ``GAP`` of it on one device, and
     usually within a hundredth on several (``bound`` tells how far it may be). The same question always gets the
@@ -107,6 +110,8 @@ def solve(costs: Costs, limits: Limits, *, exact: bool = False) -> Solution | No
     best: Solution | None = None
     for promised, program in _promises(costs, limits):
         if best is not None and promised >= best.seconds * (1 - worth):
+            break
+        if cutoff is not None and promised >= cutoff:
             break
         found = None
         if several and not exact:
@@ -455,7 +460,7 @@ class _Program:
         names = devices[1:]
         place = Placement(
             names,
-            offloaded,
+            -1 if offloaded == len(blocks) else offloaded,
             tuple(float(blocks.count(d)) for d in names) if offloaded and len(names) > 1 else (),
             compact({d: ns for d, ns in moved.items() if ns}, [t.name for t in model.tensors]),
             parts.costs.kv_on_device,

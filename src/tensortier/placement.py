@@ -34,7 +34,9 @@ def load_mode(plan: Plan) -> str:
     mode = plan.settings.load_mode
     if mode != "auto":
         return mode
-    return "none" if plan.placement.devices and plan.placement.n_gpu_layers != 0 else "mmap"
+    place = plan.placement
+    elsewhere = any(o.device not in ("CPU", "TIER") for o in place.overrides)
+    return "none" if place.devices and (place.n_gpu_layers != 0 or elsewhere) else "mmap"
 
 
 def gpus(hardware: Hardware) -> tuple[Device, ...]:

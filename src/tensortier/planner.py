@@ -2,16 +2,89 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from tensortier import memory, placement
-from tensortier.overrides import compact
-from tensortier.types import DeviceMemory, Hardware, ModelInfo, Override, Placement, Plan, Settings, Tensor
+from tensortier import candidates, memory, placement, reasons
+from tensortier.budget import DEVICE_MARGIN as DEVICE_MARGIN
+from tensortier.budget import Budget, budget_of
+from tensortier.candidates import Question, excess
+from tensortier.candidates import to_cpu as to_cpu
+from tensortier.errors import PlanError, UsageError
+from tensortier.rates import Rates
+from tensortier.search import Option, Search
+from tensortier.types import (
+    Candidate,
+    DeviceMemory,
+    Hardware,
+    ModelInfo,
+    Placement,
+    Plan,
+    Settings,
+    Workload,
+)
 
-GIB = 1 << 30
-# Kept free on every GPU, as llama.cpp's own --fit does: its breakdown leaves out the driver's context and pools.
-DEVICE_MARGIN = 1 * GIB
+SHORTEST_CONTEXT = 4096  # that the planner chooses by itself
+_CONTEXT_STEP = 1024
+_UBATCHES = (512, 1024, 2048, 4096)
+_ROUNDS = 6  # of asking llama.cpp and planning again with what it says
+
+
+@dataclasses.dataclass(frozen=True)
+class Open:
+    """Settings that nobody asked for, and the planner may choose."""
+
+    context: bool = False
+    kv_type: bool = False
+    ubatch: bool = False
+    op_offload: bool = False
+
+
+def plan(
+    model: ModelInfo,
+    hardware: Hardware,
+    settings: Settings,
+    *,
+    workload: Workload | None = None,
+    rates: Rates | None = None,
+    open: Open | None = None,
+    rpc: Sequence[str] = (),
+    answers: memory.Answers | None = None,
+) -> Plan:
+    """The placement, and the settings left ``open``, that finish ``workload`` soonest within memory.
+
+    All placements of ``candidates`` and the optimum are compared by ``cost.estimate``; the fastest wins, and of those
+    within a hundredth of it the simplest, but none that is slower than llama.cpp's own ``--fit`` would be. What wins
+    is proved by ``answers``: llama.cpp itself (``memory.Probe``) where that is None, ``memory.Formulas`` for a machine
+    or model that is not here. Without ``rates`` nothing is compared: see ``simple_plan``.
+
+    Raises:
+        UsageError: the model cannot run in this memory; the message says what would help.
+        LoadError, ModelFileError: llama.cpp would not load this model at all.
+    """
+    settings = _with_threads(settings, hardware)
+    load = workload or Workload()
+    wishes = open or Open()
+    if wishes.context:
+        settings = dataclasses.replace(settings, n_ctx=context_for(model, load))
+    start = Plan(model.path, settings=settings, rpc=tuple(rpc), workload=load)
+    if rates is None:
+        return _finished(simple_plan(model, hardware, settings, rpc=rpc, answers=answers), load)
+    budget = budget_of(hardware, rates)
+    search = Search(model, budget, start, load, rates, tuple(_choices(settings, load, wishes)))
+    if isinstance(answers, memory.Formulas):  # with what is known of the devices here
+        answers = memory.Formulas(model, budget.free, budget.helpers)
+    with _asked(answers) as exact:
+        winner, options, rows = _proved(search, exact)
+    made = dataclasses.replace(
+        start, placement=winner.placement, settings=winner.settings, estimate=winner.estimate
+    )
+    told = reasons.why(search.question(winner.settings), winner, rows, settings, options)
+    if wishes.context:
+        told.append(reasons.context(winner.settings.n_ctx, load))
+    made = _finish(made, hardware, rows, told, model, budget)
+    return dataclasses.replace(made, candidates=_ladder(winner, options, made))
 
 
 def manual_plan(
@@ -20,20 +93,27 @@ def manual_plan(
     settings: Settings,
     place: Placement,
     *,
+    workload: Workload | None = None,
+    rates: Rates | None = None,
     rpc: Sequence[str] = (),
     warnings: Sequence[str] = (),
     answers: memory.Answers | None = None,
 ) -> Plan:
-    """The plan for a placement that somebody chose: its memory is predicted, and what does not fit is said.
-    ``answers`` as for ``simple_plan``.
+    """The plan for a placement that somebody chose: its memory is predicted, and what does not fit is said. Its speed
+    is predicted where ``rates`` are given. ``answers`` as for ``plan``.
 
     Raises:
         LoadError, ModelFileError: llama.cpp would refuse to load it so.
     """
-    plan = Plan(model.path, place, _with_threads(settings, hardware), rpc=tuple(rpc))
-    rows = memory.predict(plan) if answers is None else answers.ask(plan)
-    plan = _finish(plan, hardware, rows, ["placed by hand"], model)
-    return dataclasses.replace(plan, warnings=(*warnings, *plan.warnings))
+    start = Plan(model.path, place, _with_threads(settings, hardware), rpc=tuple(rpc), workload=workload)
+    rows = memory.predict(start) if answers is None else answers.ask(start)
+    budget = budget_of(hardware, rates)
+    made = _finish(start, hardware, rows, ["placed by hand"], model, budget)
+    if rates is not None:
+        search = Search(model, budget, start, workload or Workload(), rates, (made.settings,))
+        option = search.option("placed by hand", made.settings, place, rows)
+        made = dataclasses.replace(made, estimate=option.estimate, workload=workload or Workload())
+    return dataclasses.replace(made, warnings=(*warnings, *made.warnings))
 
 
 def simple_plan(
@@ -44,8 +124,8 @@ def simple_plan(
     rpc: Sequence[str] = (),
     answers: memory.Answers | None = None,
 ) -> Plan:
-    """Everything on the GPUs if it fits; else attention and KV cache there first and as many feed-forward
-    tensors as fit beside them; else as many whole layers as fit; else all in RAM.
+    """Without a prediction of speed: everything on the GPUs if it fits; else attention and KV cache there first and as
+    many feed-forward tensors as fit beside them; else as many layers without those as fit; else all in RAM.
 
     "Fits" is llama.cpp's own answer (``memory.Probe``) against free memory less ``DEVICE_MARGIN``. For a machine or
     a model that is not here, ``answers`` (``memory.Formulas``) is asked instead.
@@ -53,118 +133,109 @@ def simple_plan(
     Raises:
         LoadError, ModelFileError: llama.cpp would not load this model at all.
     """
-    plan = Plan(model=model.path, settings=_with_threads(settings, hardware), rpc=tuple(rpc))
-    if answers is not None:
-        return _fit(answers, plan, model, hardware)
-    with memory.Probe() as probe:
-        return _fit(probe, plan, model, hardware)
-
-
-def _fit(answers: memory.Answers, plan: Plan, model: ModelInfo, hardware: Hardware) -> Plan:
-    gpus = placement.gpus(hardware)
-    room = {d.name: _room(d.memory_free, d.memory_total) for d in gpus}
-    if not gpus:
-        return _finish(
-            plan, hardware, answers.ask(plan), ["no GPU here: all weights and the KV cache in RAM"], model
-        )
-    names = tuple(room)
-    # Shares are written down, so that the layers are where they were planned whatever is free at the load.
-    shares = tuple(float(r) for r in room.values()) if len(names) > 1 and any(room.values()) else ()
-    plan = dataclasses.replace(plan, placement=Placement(names, n_gpu_layers=-1, tensor_split=shares))
-    rows = answers.ask(plan)
-    if not _excess(rows, room):
-        return _finish(plan, hardware, rows, ["everything fits on " + " and ".join(names)], model)
-    spilled = _spill(answers, plan, model, room)
-    if spilled is not None:
-        plan, rows, moved = spilled
-        reason = (
-            f"attention and KV cache on {' and '.join(names)}; {_gib(moved)} of feed-forward weights do not fit "
-            "beside them and are computed by the CPU"
-        )
-        return _finish(plan, hardware, rows, [reason], model)
-    plan, rows = _whole_layers(answers, plan, model, room)
-    layers = plan.placement.n_gpu_layers
-    if layers:
-        reason = (
-            f"not even all attention and KV cache fit on {' and '.join(names)}: "
-            f"{layers} of {model.n_layers + 1} layers there without their feed-forward weights, the rest in RAM"
-        )
-    else:
-        reason = f"nothing useful fits on {' and '.join(names)}: all in RAM"
-    return _finish(plan, hardware, rows, [reason], model)
-
-
-def _room(free: int, total: int) -> int:
-    """Bytes we may fill of a device: free memory less the margin, which on a tiny device is a tenth of it."""
-    return max(0, free - min(DEVICE_MARGIN, total // 10))
-
-
-def _excess(rows: Sequence[DeviceMemory], room: Mapping[str, int]) -> dict[str, int]:
-    """Bytes over the room of each device that is too full."""
-    return {
-        r.device: r.total_bytes - room[r.device]
-        for r in rows
-        if r.device in room and r.total_bytes > room[r.device]
-    }
-
-
-def _spill(
-    answers: memory.Answers, plan: Plan, model: ModelInfo, room: Mapping[str, int]
-) -> tuple[Plan, tuple[DeviceMemory, ...], int] | None:
-    """All layers offloaded, and just enough feed-forward tensors moved to the CPU, last layers first and routed
-    experts before dense ones. None when that is not enough. The bytes of what was moved come third."""
-    where = placement.resolve(model, plan.placement, room)
-    queue: dict[str, list[Tensor]] = {name: [] for name in room}
-    candidates = [t for t in model.tensors if t.role.is_routed_expert or t.role.is_dense_ffn]
-    for tensor in sorted(candidates, key=lambda t: (t.role.is_routed_expert, t.layer or 0, t.nbytes)):
-        if where[tensor.name] in queue:
-            queue[where[tensor.name]].append(tensor)
-    moved: list[Tensor] = []
-    # Moving weights changes the compute buffers too, so ask again until it fits; every round moves something.
-    while excess := _excess(rows := answers.ask(plan), room):
-        for device, over in excess.items():
-            while over > 0 and queue[device]:
-                moved.append(tensor := queue[device].pop())
-                over -= tensor.nbytes
-            if over > 0:
-                return None
-        overrides = to_cpu(moved)
-        plan = dataclasses.replace(plan, placement=dataclasses.replace(plan.placement, overrides=overrides))
-    return plan, rows, sum(t.nbytes for t in moved)
-
-
-def _whole_layers(
-    answers: memory.Answers, plan: Plan, model: ModelInfo, room: Mapping[str, int]
-) -> tuple[Plan, tuple[DeviceMemory, ...]]:
-    """The most layers that fit while all feed-forward weights stay on the CPU, found by bisection."""
-    spill_all = to_cpu([t for t in model.tensors if t.role.is_routed_expert or t.role.is_dense_ffn])
-
-    def at(n: int) -> Plan:
-        place = dataclasses.replace(plan.placement, n_gpu_layers=n, overrides=spill_all) if n else Placement()
-        return dataclasses.replace(plan, placement=place)
-
-    low, high = 0, model.n_layers + 1  # low fits (on no device at all), high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _excess(answers.ask(at(middle)), room):
-            high = middle
+    start = Plan(model.path, settings=_with_threads(settings, hardware), rpc=tuple(rpc))
+    budget = budget_of(hardware, None)
+    with _asked(answers) as exact:
+        question = Question(start, model, budget.free, budget.room, exact)
+        names = " and ".join(budget.room)
+        if not budget.room:
+            place, told = Placement(), "no GPU here: all weights and the KV cache in RAM"
+        elif found := candidates.everything(question, question.devices):
+            place, told = found, f"everything fits on {names}"
+        elif found := candidates.attention_first(question):
+            place, told = found, reasons.attention_first(question, found)
         else:
-            low = middle
-    return at(low), answers.ask(at(low))
+            place, told = Placement(), f"nothing useful fits on {names}: all in RAM"
+        made = dataclasses.replace(start, placement=place)
+        return _finish(made, hardware, exact.ask(made), [told], model, budget)
 
 
-def to_cpu(tensors: Sequence[Tensor]) -> tuple[Override, ...]:
-    """Anchored overrides that send exactly these tensors to the CPU."""
-    return compact({"CPU": [t.name for t in tensors]})
+def context_for(model: ModelInfo, workload: Workload) -> int:
+    """Tokens of context where nobody asked for a number: what the workload needs, in whole steps, at least
+    ``SHORTEST_CONTEXT`` and no more than the model was trained for."""
+    wanted = max(SHORTEST_CONTEXT, -(-workload.context // _CONTEXT_STEP) * _CONTEXT_STEP)
+    return min(wanted, model.context_length) if model.context_length else wanted
 
 
-def _beyond_training(model: ModelInfo, settings: Settings) -> list[str]:
-    if not 0 < model.context_length < settings.n_ctx:
-        return []
-    return [
-        f"the context of {settings.n_ctx} tokens is longer than the {model.context_length} that this model was "
-        "trained for: what it writes beyond them is likely to be nonsense"
-    ]
+def _choices(settings: Settings, workload: Workload, wishes: Open) -> Iterator[Settings]:
+    """What the settings may be; as they are first."""
+    ubatches = [settings.n_ubatch]
+    if wishes.ubatch:
+        # a micro-batch that is twice the prompt only takes memory
+        ubatches += [u for u in _UBATCHES if u != settings.n_ubatch and u < 2 * workload.prompt]
+    kv_types = [(settings.type_k, settings.type_v)]
+    if wishes.kv_type and kv_types == [("f16", "f16")] and settings.flash_attention != "off":
+        kv_types.append(("q8_0", "q8_0"))  # llama.cpp takes a quantized V only with flash attention
+    offloads = [settings.op_offload, not settings.op_offload] if wishes.op_offload else [settings.op_offload]
+    for type_k, type_v in kv_types:
+        for op_offload in offloads:
+            for n_ubatch in ubatches:
+                yield dataclasses.replace(
+                    settings,
+                    n_ubatch=n_ubatch,
+                    n_batch=max(settings.n_batch, n_ubatch),
+                    type_k=type_k,
+                    type_v=type_v,
+                    op_offload=op_offload,
+                )
+
+
+def _proved(
+    search: Search, exact: memory.Answers
+) -> tuple[Option, tuple[Option, ...], tuple[DeviceMemory, ...]]:
+    """The best option whose bytes fit by exact answers, all options it was chosen from, and those bytes."""
+    exact = _Remembered(exact)
+    search.compare_with(exact)
+    for _ in range(_ROUNDS):
+        options = search.options()
+        winner = search.best(options)
+        if winner is None:
+            raise UsageError(reasons.what_would_help(search, options))
+        rows = exact.ask(search.plan_of(winner))
+        over = excess(rows, search.budget.room)
+        if not over:
+            return winner, options, rows
+        search.learn(over)
+    raise PlanError(f"no placement was found that llama.cpp agrees with, in {_ROUNDS} rounds: {over}")
+
+
+def _ladder(winner: Option, options: Sequence[Option], made: Plan) -> tuple[Candidate, ...]:
+    """The chosen one first, then the best of each other kind, the fastest first, then what does not fit."""
+    chosen = Candidate(winner.name, True, made.placement, made.settings, made.memory, made.estimate, "chosen")
+    best: dict[str, Option] = {}
+    for option in sorted(options, key=lambda o: (not o.fits, o.seconds)):
+        if option.name != winner.name:
+            best.setdefault(option.name, option)
+    return (
+        chosen,
+        *(
+            Candidate(o.name, o.fits, o.placement, o.settings, o.rows, o.estimate, reasons.why_not(o, winner))
+            for o in best.values()
+        ),
+    )
+
+
+class _Remembered:
+    """Asks nothing twice."""
+
+    def __init__(self, answers: memory.Answers) -> None:
+        self._answers = answers
+        self._told: dict[tuple[Placement, Settings], tuple[DeviceMemory, ...]] = {}
+
+    def ask(self, plan: Plan) -> tuple[DeviceMemory, ...]:
+        key = (plan.placement, plan.settings)
+        if key not in self._told:
+            self._told[key] = self._answers.ask(plan)
+        return self._told[key]
+
+
+@contextlib.contextmanager
+def _asked(answers: memory.Answers | None) -> Iterator[memory.Answers]:
+    if answers is not None:
+        yield answers
+        return
+    with memory.Probe() as probe:
+        yield probe
 
 
 def _with_threads(settings: Settings, hardware: Hardware) -> Settings:
@@ -177,34 +248,27 @@ def _with_threads(settings: Settings, hardware: Hardware) -> Settings:
     )
 
 
+def _finished(made: Plan, workload: Workload) -> Plan:
+    return dataclasses.replace(made, workload=workload)
+
+
 def _finish(
     plan: Plan,
     hardware: Hardware,
     rows: tuple[DeviceMemory, ...],
-    reasons: Sequence[str],
+    told: Sequence[str],
     model: ModelInfo,
+    budget: Budget,
 ) -> Plan:
-    ram = sum(row.total_bytes for row in rows if row.device == "CPU")
+    settings = plan.settings
     mode = placement.load_mode(plan)
-    if plan.settings.load_mode == "auto" and ram > hardware.ram_available:
+    paged = budget.paged(rows, pageable=True)
+    said = list(told)
+    if settings.load_mode == "auto" and paged:
         mode = "mmap"  # what does not fit in RAM cannot be read into it
-    settings = dataclasses.replace(plan.settings, load_mode=mode)
-    warnings = (*_beyond_training(model, plan.settings), *_shortages(hardware, rows))
-    return dataclasses.replace(
-        plan, settings=settings, memory=rows, reasons=tuple(reasons), warnings=warnings
-    )
-
-
-def _shortages(hardware: Hardware, rows: Sequence[DeviceMemory]) -> list[str]:
-    """A warning for each memory that the plan overfills."""
-    free = {d.name: d.memory_free for d in hardware.devices}
-    free["CPU"] = hardware.ram_available
-    return [
-        f"{r.device} has {_gib(free[r.device])} free and the plan needs {_gib(r.total_bytes)}"
-        for r in rows
-        if r.device in free and r.total_bytes > free[r.device]
-    ]
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB"
+    if mode == "mmap" and paged and settings.repack:
+        settings = dataclasses.replace(settings, repack=False)
+        said.append("weights on the CPU stay as they are in the file, because reordered ones cannot be paged")
+    settings = dataclasses.replace(settings, load_mode=mode)
+    plan = dataclasses.replace(plan, settings=settings, memory=rows, reasons=tuple(said))
+    return dataclasses.replace(plan, warnings=tuple(reasons.warnings(plan, model, hardware, budget)))

@@ -1,0 +1,275 @@
+"""A plan's decisions in sentences: why it is so, why the others lost, what to be careful about."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from tensortier import formulas, placement
+from tensortier.budget import Budget
+from tensortier.candidates import CPU_ONLY, EVERYTHING, FIT, Question
+from tensortier.search import QUANTIZED_KV_GAIN, Option, Search
+from tensortier.types import DeviceMemory, Hardware, ModelInfo, Placement, Plan, Settings, Workload
+
+GIB = 1 << 30
+MIB = 1 << 20
+_LITTLE_RAM = 0.1  # of what there is
+_FULL_CARD = 0.95
+
+
+def gib(nbytes: float) -> str:
+    """ "1.50 GiB", or MiB where that is less than a tenth."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.0f} MiB"
+
+
+def why(
+    question: Question,
+    chosen: Option,
+    rows: Sequence[DeviceMemory],
+    asked: Settings,
+    options: Sequence[Option],
+) -> list[str]:
+    """Where things are and what did not fit, then the settings that were chosen, then how far --fit is behind."""
+    told = [_where(question, chosen, rows, asked)]
+    if chosen.paged:
+        told.append(
+            f"{gib(chosen.paged)} of the weights on the CPU do not fit in RAM and are read from the drive again "
+            "and again"
+        )
+    told += _settings(chosen, asked, options)
+    rivals = [o for o in options if o.name == FIT and o.fits and o.settings.type_k == chosen.settings.type_k]
+    if rivals and chosen.name != FIT:
+        rival = min(rivals, key=lambda o: o.seconds)
+        told.append(f"llama.cpp's --fit would take {_ratio(rival.seconds, chosen.seconds)} for this workload")
+    return told
+
+
+def context(n_ctx: int, workload: Workload) -> str:
+    return f"context of {n_ctx} tokens: the workload needs {workload.context}"
+
+
+def attention_first(question: Question, place: Placement) -> str:
+    """What ``candidates.attention_first`` came to."""
+    names = " and ".join(question.devices)
+    if place.n_gpu_layers < 0:
+        where = placement.resolve(question.model, place, question.free)
+        moved = sum(
+            t.nbytes for t in question.model.tensors if t.layer is not None and where[t.name] == "CPU"
+        )
+        return (
+            f"attention and KV cache on {names}; {gib(moved)} of feed-forward weights do not fit beside them and are "
+            "computed by the CPU"
+        )
+    return (
+        f"not even all attention and KV cache fit on {names}: {place.n_gpu_layers} of {question.model.n_layers + 1} "
+        "layers there without their feed-forward weights, the rest in RAM"
+    )
+
+
+def _where(question: Question, chosen: Option, rows: Sequence[DeviceMemory], asked: Settings) -> str:
+    model, names = question.model, " and ".join(question.devices)
+    if not question.devices:
+        return "no GPU here: all weights and the KV cache in RAM"
+    if chosen.name.startswith(EVERYTHING):
+        told = f"everything fits on {' and '.join(chosen.placement.devices)}"
+        return f"{told}: nothing to decide" if chosen.settings.type_k == asked.type_k else told
+    if chosen.name == CPU_ONLY:
+        return f"all in RAM: computing there is faster than with {names}"
+    layers = placement.layer_devices(model, chosen.placement, question.free)
+    where = placement.resolve(model, chosen.placement, question.free)
+    on_cpu = layers[:-1].count("CPU")
+    held = {r.device: r for r in rows}
+    counts = [f"{layers[:-1].count(d)} on {d}" for d in question.devices if layers[:-1].count(d)]
+    told = "attention and KV cache of all layers on " + " and ".join(
+        d for d in question.devices if d in layers
+    )
+    if len(counts) > 1:
+        told += f" ({', '.join(counts)})"
+    if on_cpu == model.n_layers:
+        told = "attention and KV cache of all layers in RAM"
+    elif on_cpu:
+        kv = held["CPU"].kv_bytes if "CPU" in held else 0
+        told = (
+            f"{model.n_layers - on_cpu} of {model.n_layers} layers offloaded ({', '.join(counts)}), the first "
+            f"{on_cpu} in RAM"
+        )
+        if kv:
+            told += f" with {gib(kv)} of the KV cache"
+    spilled = [t for t in model.tensors if t.layer is not None and layers[t.layer] != where[t.name]]
+    to_ram = sum(t.nbytes for t in spilled if where[t.name] == "CPU")
+    experts = sum(t.nbytes for t in spilled if where[t.name] == "CPU" and t.role.is_routed_expert)
+    if to_ram:
+        what = "expert weights" if experts == to_ram else "feed-forward weights"
+        told += f"; {gib(to_ram)} of {what} do not fit beside them and are in RAM"
+    for device in question.devices:
+        if there := sum(t.nbytes for t in spilled if where[t.name] == device):
+            told += f"; {gib(there)} of the feed-forward weights of other layers on {device}"
+    return told
+
+
+def _settings(chosen: Option, asked: Settings, options: Sequence[Option]) -> list[str]:
+    told = []
+    settings = chosen.settings
+    if settings.n_ubatch != asked.n_ubatch:
+        told.append(
+            f"micro-batch {settings.n_ubatch} instead of {asked.n_ubatch}: fewer passes over the weights while the "
+            "prompt is computed"
+        )
+    if settings.type_k != asked.type_k:
+        told.append(
+            f"KV cache in {settings.type_k} instead of {asked.type_k}: at least {QUANTIZED_KV_GAIN:.0%} faster here, "
+            "and it costs a little quality"
+        )
+    if settings.op_offload != asked.op_offload:
+        told.append(
+            "large batches are sent to the GPU"
+            if settings.op_offload
+            else "large batches stay on the CPU: copying weights over the link would take longer"
+        )
+    return told
+
+
+def _ratio(seconds: float, than: float) -> str:
+    """ "1.8x as long", "3 % longer", "as long"."""
+    ratio = seconds / than
+    if ratio >= 1.2:
+        return f"{ratio:.1f}x as long"
+    if ratio >= 1.005:
+        return f"{ratio - 1:.0%} longer"
+    return "as long"
+
+
+def why_not(option: Option, winner: Option) -> str:
+    """Why a candidate was not chosen."""
+    if option.over:
+        return "does not fit: " + " and ".join(f"{gib(n)} too much for {d}" for d, n in option.over.items())
+    if option.paged is None:
+        return "does not fit in RAM"
+    ratio = option.seconds / winner.seconds
+    cause = _cause(option, winner)
+    if ratio >= 1.2:
+        return f"{ratio:.1f}x slower{cause}"
+    if ratio >= 1.005:
+        return f"{ratio - 1:.1%} slower{cause}"
+    if option.settings.type_k != winner.settings.type_k:
+        return "a quantized KV cache is not worth it"
+    return "as fast" if ratio >= 0.995 else f"{1 - ratio:.1%} faster, but less simple"
+
+
+def _cause(option: Option, winner: Option) -> str:
+    """What it does worse, where bytes tell."""
+    ours, theirs = ({r.device: r for r in o.rows} for o in (winner, option))
+    if (option.paged or 0) > (winner.paged or 0):
+        return f": {gib(option.paged or 0)} of weights read from the drive"
+    found = []
+    for kind, what in (("kv_bytes", "KV cache"), ("weights_bytes", "weights")):
+        mine = getattr(ours["CPU"], kind) if "CPU" in ours else 0
+        its = getattr(theirs["CPU"], kind) if "CPU" in theirs else 0
+        if its > mine * 1.02 + 16 * MIB:
+            found.append(f"{gib(its)} of {what}")
+    return f": {' and '.join(found)} in RAM" if found else ""
+
+
+def what_would_help(search: Search, options: Sequence[Option]) -> str:
+    """One line for a model that cannot run here: how much is missing, and what would change that."""
+    budget, model = search.budget, search.model
+
+    def missing(settings: Settings) -> int:
+        question = search.question(settings)
+        least = None
+        for place in {Placement(), *(o.placement for o in options)}:
+            rows = question.rows(place)
+            cpu = next(r for r in rows if r.device == "CPU")
+            part = sum(r.total_bytes for r in rows if r.device in budget.shared)
+            pageable = settings.load_mode in ("auto", "mmap", "mmap+mlock")
+            firm = cpu.total_bytes + part - (cpu.weights_bytes if pageable else 0)
+            over = max(0, firm - budget.ram)
+            least = over if least is None else min(least, over)
+        return least or 0
+
+    asked = search.choices[0]
+    lacking = missing(asked)
+    n_ctx = formulas.context_of(model, asked)
+    helps = []
+    short = dataclasses.replace(asked, n_ctx=min(n_ctx, 4096))
+    if short.n_ctx < n_ctx and not missing(short):
+        helps.append(f"a shorter context (--context {_longest(missing, asked, short.n_ctx, n_ctx)})")
+    quantized = dataclasses.replace(asked, type_k="q8_0", type_v="q8_0")
+    if asked.type_k == "f16" and asked.flash_attention != "off" and not missing(quantized):
+        helps.append("a KV cache in q8_0 (--cache-type-k q8_0 --cache-type-v q8_0)")
+    mapped = dataclasses.replace(asked, load_mode="mmap")
+    if asked.load_mode not in ("auto", "mmap", "mmap+mlock") and not missing(mapped):
+        helps.append(
+            "mapping the file (--load-mode mmap), which reads weights from the drive as they are needed"
+        )
+    line = f"this model does not fit in memory: {gib(lacking)} of main memory are missing"
+    return f"{line}; {' or '.join(helps)} would help" if helps else line
+
+
+def _longest(missing: Callable[[Settings], int], asked: Settings, low: int, high: int) -> int:
+    """The longest context that fits, in steps of 1024."""
+    while high - low > 1024:
+        middle = (low + high) // 2 // 1024 * 1024
+        if middle <= low:
+            break
+        if missing(dataclasses.replace(asked, n_ctx=middle)):
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def warnings(plan: Plan, model: ModelInfo, hardware: Hardware, budget: Budget) -> list[str]:
+    """What to be careful about."""
+    told = _beyond_training(model, plan.settings) + _shortages(hardware, plan.memory)
+    held = {r.device: r for r in plan.memory}
+    cpu = held.get("CPU")
+    if cpu is not None and plan.placement.devices and plan.placement.n_gpu_layers and cpu.kv_bytes:
+        told.append(
+            f"{gib(cpu.kv_bytes)} of the KV cache are in RAM: long conversations will be slow; a shorter context or a "
+            "quantized KV cache would bring it to the GPU"
+        )
+    if cpu is not None:
+        left = hardware.ram_available - cpu.total_bytes
+        if 0 <= left < _LITTLE_RAM * hardware.ram_limit:
+            told.append(f"it leaves {gib(left)} of RAM free")
+    for device in hardware.devices:
+        row = held.get(device.name)
+        full = row is not None and row.total_bytes > _FULL_CARD * device.memory_free
+        if hardware.os == "Windows" and device.name in budget.room and full:
+            told.append(
+                f"{device.name} will be almost full: Windows then moves data to shared memory, which is many times "
+                "slower, without an error; turn off the driver's fallback to system memory"
+            )
+    if 0 < hardware.performance_cores < plan.settings.threads:
+        told.append(
+            f"{plan.settings.threads} threads on {hardware.performance_cores} performance cores: the slowest one "
+            "sets the pace"
+        )
+    for device_name in budget.left_out:
+        told.append(f"{device_name} is not used: its speed is not known")
+    return told
+
+
+def _beyond_training(model: ModelInfo, settings: Settings) -> list[str]:
+    if not 0 < model.context_length < settings.n_ctx:
+        return []
+    return [
+        f"the context of {settings.n_ctx} tokens is longer than the {model.context_length} that this model was "
+        "trained for: what it writes beyond them is likely to be nonsense"
+    ]
+
+
+def _shortages(hardware: Hardware, rows: Sequence[DeviceMemory]) -> list[str]:
+    """A warning for each memory that the plan overfills."""
+    free = {d.name: d.memory_free for d in hardware.devices}
+    free["CPU"] = hardware.ram_available
+    return [
+        f"{r.device} has {_in_gib(free[r.device])} free and the plan needs {_in_gib(r.total_bytes)}"
+        for r in rows
+        if r.device in free and r.total_bytes > free[r.device]
+    ]
+
+
+def _in_gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB"
