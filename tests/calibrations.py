@@ -78,7 +78,8 @@ def made_up(hardware: Hardware) -> Calibration:
         add(Elementwise, device=device.name, seconds=1e-9)
         if not on_cpu:
             add(Copy, device=device.name, to_device=True, pinned=True, bytes_per_second=10e9)
-            add(Split, device=device.name, seconds=50e-6)
+            for experts in (False, True):
+                add(Split, device=device.name, experts=experts, seconds=50e-6)
     return Calibration(
         fingerprint(hardware),
         0.0,

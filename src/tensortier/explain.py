@@ -119,11 +119,11 @@ def phrase(key: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """ "3.2 s", "45 s", "12 min", "3.5 h"."""
+    """ "3.2 s", "145 s", "12.0 min", "3.5 h"."""
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"
-    if seconds >= 90:
-        return f"{seconds / 60:.0f} min"
+    if seconds >= 300:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
@@ -154,13 +154,15 @@ def _rung(candidate: Candidate, chosen: bool) -> Rung:
     found = candidate.estimate
     held = ", ".join(f"{row.device} {gib(row.total_bytes)}" for row in candidate.memory)
     note = candidate.note or ("" if candidate.fits else "does not fit")
+    if chosen:
+        note = "chosen" if note in ("", "chosen") else f"chosen; {note}"
     return Rung(
         candidate.name,
         figure(found.prefill_tokens_per_second) if found else _NOTHING,
         figure(found.decode_tokens_per_second) if found else _NOTHING,
         duration(found.seconds) if found else _NOTHING,
         held or _NOTHING,
-        f"chosen; {note}".removesuffix("; ") if chosen else note,
+        note,
     )
 
 

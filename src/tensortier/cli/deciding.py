@@ -39,6 +39,7 @@ class Wish:
     vram: Sequence[int] = ()  # bytes of each GPU, or of all alike where it is one number
     ram: int | None = None  # bytes of main memory
     elsewhere: Hardware | None = None  # a machine to plan for instead of this one
+    levels: bool = False  # the levels of a GPU are wanted, so there has to be one
     remote: bool = False  # the model may be a file behind hf:// or https://, of which only the header is read
 
 
@@ -64,7 +65,7 @@ def make_plan(wish: Wish, *, quiet: bool = False) -> Planned:
     Raises:
         UsageError: the wish contradicts itself, the model or the machine. And the exceptions of those parts.
     """
-    from tensortier import gguf, hardware, library, memory, planid, rates
+    from tensortier import gguf, hardware, library, memory, placement, planid, rates
 
     away = gguf.is_remote(wish.model)
     if away and not wish.remote:
@@ -74,13 +75,18 @@ def make_plan(wish: Wish, *, quiet: bool = False) -> Planned:
     load = settle(wish, model)
     machine = wish.elsewhere or hardware.probe(None if away else source, rpc=wish.rpc)
     machine = within_budget(machine, wish.vram, wish.ram)
+    if wish.levels and not placement.gpus(machine):
+        raise UsageError(
+            "--levels shows how much of the model goes on a GPU, and there is none here: describe a machine with "
+            "--gpu, or add a remote device with --rpc"
+        )
     answers = None
     if away or wish.elsewhere is not None:
         answers = memory.Formulas(model, {d.name: d.memory_free for d in machine.devices})
     if wish.elsewhere is not None:
         speeds: Rates | None = rates.from_catalogue(machine)
     else:
-        speeds = _speeds_here(wish, model, machine, answers, quiet=quiet)
+        speeds = _speeds_here(wish, model, machine, load, answers, quiet=quiet)
     plan = _place(wish, model, machine, load, speeds, answers)
     plan = replace(plan, model_id=planid.of_model(model), machine_id=planid.of_machine(machine))
     return Planned(wish, plan, model, machine, load, speeds, answers)
@@ -221,25 +227,30 @@ def _refuse_more(size: int, there: int, option: str, where: str) -> None:
 
 
 def _speeds_here(
-    wish: Wish, model: ModelInfo, machine: Hardware, answers: Answers | None, *, quiet: bool
+    wish: Wish, model: ModelInfo, machine: Hardware, load: Workload, answers: Answers | None, *, quiet: bool
 ) -> Rates | None:
     from tensortier.cli import measuring
 
     found = measuring.kept(machine, wish.settings)
     if found is not None or wish.measure is Measure.NEVER:
         return found
-    if wish.measure is Measure.IF_IT_DECIDES and not _has_to_decide(wish, model, machine, answers):
+    if wish.measure is Measure.IF_IT_DECIDES and not _has_to_decide(wish, model, machine, load, answers):
         return None
     return measuring.measured(machine, wish.settings, wish.rpc, quiet=quiet)
 
 
-def _has_to_decide(wish: Wish, model: ModelInfo, machine: Hardware, answers: Answers | None) -> bool:
+def _has_to_decide(
+    wish: Wish, model: ModelInfo, machine: Hardware, load: Workload, answers: Answers | None
+) -> bool:
     """Whether speeds make a difference: with a GPU here, and more than fits on it."""
     from tensortier import placement, planner
 
     if wish.manual.given or not placement.gpus(machine):
         return False
-    place = planner.simple_plan(model, machine, wish.settings, rpc=wish.rpc, answers=answers).placement
+    settings = wish.settings
+    if wish.undecided.context:
+        settings = replace(settings, n_ctx=planner.context_for(model, load))
+    place = planner.simple_plan(model, machine, settings, rpc=wish.rpc, answers=answers).placement
     return bool(place.n_gpu_layers != -1 or place.overrides)
 
 
@@ -251,17 +262,40 @@ def _place(
     speeds: Rates | None,
     answers: Answers | None,
 ) -> Plan:
-    from tensortier import cost, placement, planner
+    from tensortier import placement, planner
+    from tensortier.cli import measuring
 
+    settings, undecided = wish.settings, wish.undecided
     if wish.manual.given:
+        if undecided.context:
+            settings = replace(settings, n_ctx=planner.context_for(model, load))
         placed, warnings = placement.from_flags(model, machine, **vars(wish.manual))
-        plan = planner.manual_plan(
-            model, machine, wish.settings, placed, rpc=wish.rpc, warnings=warnings, answers=answers
+        return planner.manual_plan(
+            model,
+            machine,
+            settings,
+            placed,
+            workload=load,
+            rates=speeds,
+            rpc=wish.rpc,
+            warnings=warnings,
+            answers=answers,
         )
-    else:
-        plan = planner.simple_plan(model, machine, wish.settings, rpc=wish.rpc, answers=answers)
-    plan = replace(plan, workload=load)
-    if speeds is not None:
-        free = {d.name: d.memory_free for d in machine.devices}
-        plan = replace(plan, estimate=cost.estimate(model, plan, speeds, load, free))
-    return plan
+    known = speeds or (measuring.assumed(machine) if wish.measure is Measure.NEVER else None)
+    plan = planner.plan(
+        model,
+        machine,
+        settings,
+        workload=load,
+        rates=known,
+        open=planner.Open(undecided.context, undecided.kv_type, undecided.ubatch, undecided.op_offload),
+        rpc=wish.rpc,
+        answers=answers,
+    )
+    return plan if speeds is not None else _without_speeds(plan)
+
+
+def _without_speeds(plan: Plan) -> Plan:
+    """What was only assumed to choose a placement by is no prediction."""
+    candidates = tuple(replace(candidate, estimate=None) for candidate in plan.candidates)
+    return replace(plan, estimate=None, candidates=candidates)

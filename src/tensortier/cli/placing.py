@@ -161,7 +161,7 @@ NoOpOffloadOption = Annotated[
     bool,
     typer.Option(
         "--no-op-offload",
-        help="Do not send large batches to the GPU for weights that are in RAM.",
+        help="Do not send large batches to the GPU for weights that are in RAM. Without it: where that is faster.",
         rich_help_panel=_CONTEXT,
     ),
 ]
@@ -249,6 +249,7 @@ class Undecided:
     context: bool = True
     kv_type: bool = True
     ubatch: bool = True
+    op_offload: bool = True
 
 
 def settings_of(
@@ -288,6 +289,7 @@ def settings_of(
         # without flash attention llama.cpp takes no quantized V cache
         kv_type=cache_type_k is None and cache_type_v is None and flash_attention is not FlashAttention.OFF,
         ubatch=batch is None and ubatch is None,
+        op_offload=not no_op_offload,
     )
     return batches(settings, batch=batch, ubatch=ubatch), undecided
 

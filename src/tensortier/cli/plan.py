@@ -123,6 +123,15 @@ def plan(
             rich_help_panel=_OUTPUT,
         ),
     ] = False,
+    levels: Annotated[
+        bool,
+        typer.Option(
+            "--levels",
+            help="Show 0, 10 ... 100 % of the model on the GPU instead: whole layers beside single tensors, with "
+            "the memory and the speed of each.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
     target: Annotated[
         str | None,
         typer.Option(
@@ -170,7 +179,7 @@ def plan(
     Without placement options the fastest placement for the workload is looked for. The first time, this machine
     is measured for it.
     """
-    _check_outputs(json=json, target=target, explain=explain)
+    _check_outputs(json=json, target=target, explain=explain, levels=levels)
     settings, undecided = placing.settings_of(
         context=context,
         cache_type_k=cache_type_k,
@@ -194,6 +203,10 @@ def plan(
         devices=device_list(device),
         kv_on_device=not no_kv_offload,
     )
+    if levels and manual.given:
+        raise UsageError(
+            "--levels goes through the placements itself: leave the options of manual placement out"
+        )
     from tensortier import export, planfile, workloads
     from tensortier.catalogue import parse_bytes
 
@@ -221,12 +234,19 @@ def plan(
             vram=() if vram is None else _sizes(vram),
             ram=None if ram is None or elsewhere is not None else parse_bytes(ram),
             elsewhere=elsewhere,
+            levels=levels,
             remote=True,
         )
     )
     from tensortier.cli import show
 
-    if json:
+    if levels:
+        found = show.levels_of(planned)
+        if not json:
+            show.levels(planned, found, console())
+            return
+        print_json(show.levels_json(planned, found))
+    elif json:
         print_json(planfile.to_dict(planned.plan))
     elif target is not None:
         print(export.render(export.export(planned.plan, planned.model, target)), end="")
@@ -237,12 +257,16 @@ def plan(
         note(f"warning: {warning}")
 
 
-def _check_outputs(*, json: bool, target: str | None, explain: bool) -> None:
+def _check_outputs(*, json: bool, target: str | None, explain: bool, levels: bool) -> None:
     if json and target is not None:
         raise UsageError("--json and --for are two ways to print the plan: use one of them")
     if explain and (json or target is not None):
         other = "--json holds all of that already" if json else "--for prints another engine's command"
         raise UsageError(f"--explain is for a reader, and {other}: use one of them")
+    if levels and (explain or target is not None):
+        raise UsageError(
+            f"--levels prints a table of its own: it goes without {'--explain' if explain else '--for'}"
+        )
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from tensortier import explain
 from tensortier.cli.common import readable_size
 from tensortier.cli.deciding import Planned
+from tensortier.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from tensortier.levels import Level, Side
+
+_BAR = 10  # characters of the longest
+_WIDE = 132  # columns from which on there is room for bars
+_LEVELS = (
+    "As many whole layers as that share holds, and the fastest placement of single tensors in the same memory"
+)
 
 
 def plan(planned: Planned, out: Console, *, explain: bool) -> None:
@@ -82,8 +93,10 @@ def _memory(planned: Planned) -> Table:
 def _explain(planned: Planned, out: Console) -> None:
     from rich.markup import escape
 
+    from tensortier import gains
+
     found = planned.plan.estimate
-    if found is None:
+    if found is None or planned.rates is None:
         return
     out.print()
     table = _table("Where the time goes", "", "one token", "share", "the prompt", "share")
@@ -103,5 +116,82 @@ def _explain(planned: Planned, out: Console) -> None:
             cells = (rung.name, rung.prefill, rung.decode, rung.request, rung.memory, rung.note)
             table.add_row(*(escape(cell) for cell in cells))
         out.print(table)
+    rows = gains.gains(
+        planned.model, planned.hardware, planned.plan, workload=planned.workload, rates=planned.rates
+    )
+    if rows:
+        table = _table("What would help", "", "a request", "saved", "decode")
+        for gain in rows:
+            saved = f"{gain.saved:.1%}" if gain.saved >= 0.001 else "nothing"
+            then = explain.figure(gain.decode_tokens_per_second)
+            table.add_row(escape(gain.what), explain.duration(gain.seconds), saved, then)
+        out.print(table)
     if found.notes:
         _say(out, "", "Assumed:", *(f"  {note}" for note in found.notes))
+
+
+def levels_of(planned: Planned) -> tuple[Level, ...]:
+    """The offload slider, for the settings of the plan. Raises UsageError where no speed is known."""
+    from tensortier import levels
+
+    if planned.rates is None:
+        raise UsageError(
+            "--levels compares speeds, and this machine was not measured: leave --no-calibrate out"
+        )
+    return levels.levels(
+        planned.model,
+        planned.hardware,
+        planned.plan.settings,
+        workload=planned.workload,
+        rates=planned.rates,
+    )
+
+
+def levels_json(planned: Planned, found: Sequence[Level]) -> dict[str, Any]:
+    """The same as JSON types."""
+    return {
+        "model": planned.plan.model,
+        "workload": asdict(planned.workload),
+        "settings": asdict(planned.plan.settings),
+        "levels": [asdict(level) for level in found],
+    }
+
+
+def levels(planned: Planned, found: Sequence[Level], out: Console) -> None:
+    """Whole layers on the left, the fastest placement in the same memory on the right."""
+    name = planned.model.name or planned.plan.model
+    _say(out, f"{name}: {readable_size(planned.model.nbytes)} of weights", *summary(planned))
+    bars = out.width >= _WIDE
+    columns = ("VRAM", "RAM", "prefill", "decode", *([""] if bars else []))
+    sides = [f"{kind}\n{column}" if column else "" for kind in ("layers", "tensors") for column in columns]
+    table = _table(_LEVELS, "on the\nGPU", "layers", *sides, "fits")
+    best = max(side.estimate.decode_tokens_per_second for level in found for side in _sides(level))
+    for level in found:
+        cells = [cell for side in _sides(level) for cell in _side(side, best if bars else None)]
+        fits = "yes" if all(side.fits for side in _sides(level)) else "no"
+        table.add_row(f"{level.share:.0%}", str(level.layers), *cells, fits)
+    out.print(table)
+    estimate = planned.plan.estimate
+    if estimate is not None:
+        _say(out, f"GiB and tokens/s; {explain.provenance(estimate)}")
+        decode = explain.speed(estimate.decode_tokens_per_second, estimate.decode_interval)
+        _say(out, f"the plan for what is free: {'; '.join(planned.plan.reasons[:1])}; decode {decode}")
+    _say(out, *(f"warning: {w}" for w in warnings(planned)))
+
+
+def _sides(level: Level) -> tuple[Side, Side]:
+    return level.by_layers, level.by_tensors
+
+
+def _side(side: Side, best: float | None) -> tuple[str, ...]:
+    """Cells, with a bar of the decode speed where the ``best`` is given."""
+    vram = sum(row.total_bytes for row in side.memory if row.device != "CPU")
+    ram = sum(row.total_bytes for row in side.memory if row.device == "CPU")
+    decode = side.estimate.decode_tokens_per_second
+    return (
+        f"{vram / 2**30:.1f}",
+        f"{ram / 2**30:.1f}",
+        explain.figure(side.estimate.prefill_tokens_per_second),
+        explain.figure(decode),
+        *([] if best is None else ["#" * max(1, round(_BAR * decode / best))]),
+    )
