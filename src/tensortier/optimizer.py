@@ -56,7 +56,9 @@ class Limits:
     """Bytes that a placement may fill.
 
     ``room``: of each device, in llama.cpp's order. ``ram``: of main memory. ``compute``: the compute buffer of a
-    device that has any work, "CPU" included; ``output_compute``: how much larger it is where the output is.
+    device that has any work, "CPU" included; ``output_compute``: how much larger it is where the output is;
+    ``sent_output``: how much larger yet on the device that takes wide products from the CPU, where the output's matrix
+    is there: when that device has the output, and when not.
     ``shared``: devices whose memory is part of main memory. ``pageable``: weights in main memory may exceed it
     and are then read from the drive again and again.
     """
@@ -65,6 +67,7 @@ class Limits:
     ram: int
     compute: Mapping[str, int] = field(default_factory=dict)
     output_compute: Mapping[str, int] = field(default_factory=dict)
+    sent_output: tuple[int, int] = (0, 0)
     shared: frozenset[str] = frozenset()
     pageable: bool = True
 
@@ -316,6 +319,10 @@ class _Program:
             # on the CPU a tied output is the embedding itself
             if parts.matrix is not None and (free or home != CPU):
                 held[column] = held.get(column, 0.0) + parts.matrix.nbytes
+            helper = parts.costs.helper
+            if home == CPU and helper is not None:
+                held = self._bytes[helper]
+                held[column] = held.get(column, 0.0) + parts.limits.sent_output[device != helper]
         self._row(1.0, 1.0, [(column, 1.0) for _, column in self._outputs])
 
     def _add_memory(self, used: tuple[str, ...]) -> None:

@@ -169,20 +169,29 @@ class Search:
         """What the optimizer may fill: compute buffers as if every device did some of everything."""
         settings, model = costs.settings, self.model
         largest = max((t.nbytes for i in range(model.n_layers) for t in costs.movable(i)), default=0)
-        without = functools.partial(formulas.compute_bytes, model, settings, output=False)
-        compute, output = {}, {}
+        matrix = costs.output_tensor()
+        compute, output, sent = {}, {}, (0, 0)
         for device in ("CPU", *self.budget.room):
-            staged = largest if device == costs.helper else 0
-            here = device == "CPU"
-            base = without(inputs=here, staged=staged)
-            whole = formulas.compute_bytes(model, settings, inputs=here, staged=staged)
+            helps = device == costs.helper
+            taken = functools.partial(
+                formulas.compute_bytes,
+                model,
+                settings,
+                inputs=device == "CPU",
+                staged=largest if helps else 0,
+            )
+            base, whole = taken(output=False), taken()
             compute[device] = max(0, base + self._more.get(device, 0))
             output[device] = whole - base
+            if helps and matrix is not None:
+                most = taken(staged_output=matrix.nbytes)
+                sent = (most - whole, most - base)
         return optimizer.Limits(
             self.budget.room,
             self.budget.ram,
             compute,
             output,
+            sent,
             self.budget.shared,
             settings.load_mode in ("auto", "mmap", "mmap+mlock"),
         )

@@ -134,6 +134,7 @@ def random_instance(rng: random.Random) -> Instance:
             int(total * rng.choice((0.5, 0.9, 1.5, 5))) // 1000 * 1000 + 500,
             {d: 1000 * rng.randint(0, 200) for d in (CPU, *devices)},
             {d: 1000 * rng.randint(0, 100) for d in (CPU, *devices)},
+            (1000 * rng.randint(0, 300), 1000 * rng.randint(0, 300)),
             shared,
             pageable=rng.random() < 0.7,
         ),
@@ -186,6 +187,8 @@ class Evaluator:
             busy.add(self.costs.helper)
         compute = {d: limits.compute[d] if d in busy else 0 for d in held}
         compute[layers[-1]] += limits.output_compute[layers[-1]]
+        if (helper := self.costs.helper) is not None and homes.get("output.weight", layers[-1]) == CPU:
+            compute[helper] += limits.sent_output[layers[-1] != helper]
         for d in case.devices:
             if d in busy and held[d] + compute[d] > limits.room[d] - self.slack:
                 return None
