@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -15,6 +16,10 @@ from tensortier.types import Device, Hardware, ModelInfo, Plan, Settings, Worklo
 if TYPE_CHECKING:
     from tensortier.memory import Answers
     from tensortier.rates import Rates
+
+
+# ggml's buffers in main memory: "CPU", "CPU_REPACK", pinned ones such as "CUDA_Host"
+_MAIN_MEMORY = re.compile(r"\bCPU|_Host\b")
 
 
 class Measure(Enum):
@@ -183,11 +188,11 @@ def within_budget(machine: Hardware, vram: Sequence[int], ram: int | None) -> Ha
 
 
 def plan_with_less(planned: Planned, failure: OutOfMemory) -> Planned:
-    """The plan again, where a device could not give what ``planned`` asked of it: every GPU that the message names,
-    or all where it names none, gets less than before by a twentieth or 256 MiB, and CPU-only plans go no further.
+    """The plan again, where a GPU could not give what ``planned`` asked of it: those that llama.cpp's message names, or
+    all where it names nothing, are asked for a twentieth or 256 MiB less than before.
 
     Raises:
-        OutOfMemory: ``failure``, where there is nothing to take away.
+        OutOfMemory: ``failure``, where no GPU is to blame: taking from it would only ask more of main memory.
     """
     from tensortier import placement, planner
 
@@ -197,14 +202,18 @@ def plan_with_less(planned: Planned, failure: OutOfMemory) -> Planned:
         return max(0, asked - max(asked // 20, 256 << 20)) + margin
 
     gpus = [d.name for d in placement.gpus(planned.hardware)]
-    held = {
+    asked = {
         row.device: row.total_bytes for row in planned.plan.memory if row.device in gpus and row.total_bytes
     }
-    named = {name: size for name, size in held.items() if name in str(failure)} or held
+    named = {name: size for name, size in asked.items() if re.search(rf"\b{name}\b", str(failure))}
+    if not named and not _MAIN_MEMORY.search(str(failure)):
+        named = asked
     if not named:
         raise failure
     devices = tuple(
-        replace(d, memory_free=less(named[d.name], d.memory_total)) if d.name in named else d
+        replace(d, memory_free=min(d.memory_free, less(named[d.name], d.memory_total)))
+        if d.name in named
+        else d
         for d in planned.hardware.devices
     )
     machine = replace(planned.hardware, devices=devices)
