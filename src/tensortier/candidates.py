@@ -194,7 +194,9 @@ def _rewritten(question: Question, place: Placement) -> Placement:
     for name, device in placement.resolve(model, place, free).items():
         if device != plain[name]:
             moved.setdefault(device, []).append(name)
-    return dataclasses.replace(place, overrides=compact(moved, [t.name for t in model.tensors]))
+    n = -1 if place.n_gpu_layers > model.n_layers else place.n_gpu_layers
+    overrides = compact(moved, [t.name for t in model.tensors])
+    return dataclasses.replace(place, n_gpu_layers=n, overrides=overrides)
 
 
 def to_cpu(tensors: Sequence[Tensor]) -> tuple[Override, ...]:
