@@ -5,7 +5,7 @@
     from tensortier import Engine, gguf, hardware, planner, Settings
 
     model = gguf.read("model.gguf")
-    plan = planner.simple_plan(model, hardware.probe(), Settings())
+    plan = planner.plan(model, hardware.probe(), Settings())
     with Engine(plan) as engine:
         for piece in engine.chat([{"role": "user", "content": "Hello"}]):
             print(piece.text, end="")

@@ -41,7 +41,7 @@ class Rung:
     prefill: str
     decode: str
     request: str
-    memory: str
+    memory: tuple[str, ...]  # one for each device
     note: str
 
 
@@ -152,7 +152,6 @@ def ladder(plan: Plan) -> tuple[Rung, ...]:
 
 def _rung(candidate: Candidate, chosen: bool) -> Rung:
     found = candidate.estimate
-    held = ", ".join(f"{row.device} {gib(row.total_bytes)}" for row in candidate.memory)
     note = candidate.note or ("" if candidate.fits else "does not fit")
     if chosen:
         note = "chosen" if note in ("", "chosen") else f"chosen; {note}"
@@ -161,7 +160,7 @@ def _rung(candidate: Candidate, chosen: bool) -> Rung:
         figure(found.prefill_tokens_per_second) if found else _NOTHING,
         figure(found.decode_tokens_per_second) if found else _NOTHING,
         duration(found.seconds) if found else _NOTHING,
-        held or _NOTHING,
+        tuple(f"{row.device} {gib(row.total_bytes)}" for row in candidate.memory),
         note,
     )
 

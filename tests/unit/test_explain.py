@@ -118,7 +118,7 @@ def test_the_ladder_has_the_chosen_plan_first() -> None:
     )
     first, second, third = explain.ladder(plan)
     assert (first.name, first.note) == ("optimal", "chosen; spills 12 tensors")
-    assert first.memory == "CUDA0 6.0 GiB, CPU 300 MiB"
+    assert first.memory == ("CUDA0 6.0 GiB", "CPU 300 MiB")
     assert (first.decode, first.request) == ("12.3", "100 s")
     assert second.note == "1.8x slower"
     assert (third.decode, third.note) == ("-", "does not fit")

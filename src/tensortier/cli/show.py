@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 _BAR = 10  # characters of the longest
 _WIDE = 132  # columns from which on there is room for bars
-_LEVELS = (
-    "As many whole layers as that share holds, and the fastest placement of single tensors in the same memory"
-)
+_NARROW = 120  # columns below which tables save space
+_LEVELS = "Whole layers, and the fastest placement of single tensors in the same memory"
 
 
 def plan(planned: Planned, out: Console, *, explain: bool) -> None:
@@ -75,7 +74,8 @@ def _table(title: str | None, *columns: str, left: int = 1) -> Table:
 
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left or name == "note" else "right")
+        is_text = i < left or name == "note"
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
     return table
 
 
@@ -113,7 +113,8 @@ def _explain(planned: Planned, out: Console) -> None:
     if rungs:
         table = _table("What was compared", "plan", "prefill", "decode", "a request", "memory", "note")
         for rung in rungs:
-            cells = (rung.name, rung.prefill, rung.decode, rung.request, rung.memory, rung.note)
+            held = ("\n" if out.width < _NARROW else ", ").join(rung.memory)
+            cells = (rung.name, rung.prefill, rung.decode, rung.request, held, rung.note)
             table.add_row(*(escape(cell) for cell in cells))
         out.print(table)
     rows = gains.gains(
@@ -163,8 +164,9 @@ def levels(planned: Planned, found: Sequence[Level], out: Console) -> None:
     _say(out, f"{name}: {readable_size(planned.model.nbytes)} of weights", *summary(planned))
     bars = out.width >= _WIDE
     columns = ("VRAM", "RAM", "prefill", "decode", *([""] if bars else []))
-    sides = [f"{kind}\n{column}" if column else "" for kind in ("layers", "tensors") for column in columns]
+    sides = [f"{kind}\n{column}" if column else "" for kind in ("layers", "single") for column in columns]
     table = _table(_LEVELS, "on the\nGPU", "layers", *sides, "fits")
+    table.padding = (0, 0) if out.width < _NARROW else (0, 1)
     best = max(side.estimate.decode_tokens_per_second for level in found for side in _sides(level))
     for level in found:
         cells = [cell for side in _sides(level) for cell in _side(side, best if bars else None)]
