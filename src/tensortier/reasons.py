@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tensortier import formulas, placement
 from tensortier.budget import Budget
 from tensortier.candidates import CPU_ONLY, EVERYTHING, FIT, Question
-from tensortier.search import QUANTIZED_KV_GAIN, Option, Search
-from tensortier.types import DeviceMemory, Hardware, ModelInfo, Placement, Plan, Settings, Workload
+from tensortier.search import PAGEABLE, QUANTIZED_KV_GAIN, Option, Search
+from tensortier.types import DeviceMemory, Estimate, Hardware, ModelInfo, Placement, Plan, Settings, Workload
 
 GIB = 1 << 30
 MIB = 1 << 20
 _LITTLE_RAM = 0.1  # of what there is
 _FULL_CARD = 0.95
+_CONTEXT_STEP = 1024
 
 
 def gib(nbytes: float) -> str:
@@ -41,6 +42,26 @@ def why(
     if rivals and chosen.name != FIT:
         rival = min(rivals, key=lambda o: o.seconds)
         told.append(f"llama.cpp's --fit would take {_ratio(rival.seconds, chosen.seconds)} for this workload")
+    return told
+
+
+def on_the_drive(
+    model: ModelInfo, made: Plan, paged: tuple[int, int], mapped: Plan, estimate: Estimate | None
+) -> str:
+    """What stays on the drive, and what a mapped file would come to."""
+    assert made.tier is not None
+    experts, dense = paged
+    parts = []
+    if experts:
+        held = min(1.0, made.tier.expert_bytes / experts)
+        parts.append(f"{gib(experts)} of experts, of which RAM holds {held:.0%} at a time")
+    if dense:
+        held = min(1.0, made.tier.dense_bytes / dense)
+        parts.append(f"{gib(dense)} of other weights, of which {held:.0%} stay in RAM")
+    told = f"RAM is too small for {gib(model.nbytes)} of weights: on the drive " + " and ".join(parts)
+    if estimate is not None and mapped.estimate is not None:
+        ratio = mapped.estimate.seconds / estimate.seconds
+        told += f"; mapping the file instead, as llama.cpp does, would take about {ratio:.1f} times as long"
     return told
 
 
@@ -172,51 +193,40 @@ def _cause(option: Option, winner: Option) -> str:
 
 def what_would_help(search: Search, options: Sequence[Option]) -> str:
     """One line for a model that cannot run here: how much is missing, and what would change that."""
-    budget, model = search.budget, search.model
-
-    def missing(settings: Settings) -> int:
-        question = search.question(settings)
-        least = None
-        for place in {Placement(), *(o.placement for o in options)}:
-            rows = question.rows(place)
-            cpu = next(r for r in rows if r.device == "CPU")
-            part = sum(r.total_bytes for r in rows if r.device in budget.shared)
-            pageable = settings.load_mode in ("auto", "mmap", "mmap+mlock")
-            firm = cpu.total_bytes + part - (cpu.weights_bytes if pageable else 0)
-            over = max(0, firm - budget.ram)
-            least = over if least is None else min(least, over)
-        return least or 0
-
     asked = search.choices[0]
-    lacking = missing(asked)
-    n_ctx = formulas.context_of(model, asked)
+    lacking = min(_missing(option, search.budget) for option in options if not option.over)
+    line = f"this model does not fit in memory: {gib(lacking)} of main memory are missing"
     helps = []
-    short = dataclasses.replace(asked, n_ctx=min(n_ctx, 4096))
-    if short.n_ctx < n_ctx and not missing(short):
-        helps.append(f"a shorter context (--context {_longest(missing, asked, short.n_ctx, n_ctx)})")
+    if context := _longest(search, formulas.context_of(search.model, asked)):
+        helps.append(f"a shorter context (--context {context})")
     quantized = dataclasses.replace(asked, type_k="q8_0", type_v="q8_0")
-    if asked.type_k == "f16" and asked.flash_attention != "off" and not missing(quantized):
+    if asked.type_k == "f16" and asked.flash_attention != "off" and search.possible(quantized):
         helps.append("a KV cache in q8_0 (--cache-type-k q8_0 --cache-type-v q8_0)")
     mapped = dataclasses.replace(asked, load_mode="mmap")
-    if asked.load_mode not in ("auto", "mmap", "mmap+mlock") and not missing(mapped):
-        helps.append(
-            "mapping the file (--load-mode mmap), which reads weights from the drive as they are needed"
-        )
-    line = f"this model does not fit in memory: {gib(lacking)} of main memory are missing"
-    return f"{line}; {' or '.join(helps)} would help" if helps else line
+    if not search.pageable(asked) and search.possible(mapped):
+        helps.append("reading weights from the drive as they are needed (--load-mode mmap)")
+    return f"{line}; what would help: {', or '.join(helps)}" if helps else line
 
 
-def _longest(missing: Callable[[Settings], int], asked: Settings, low: int, high: int) -> int:
-    """The longest context that fits, in steps of 1024."""
-    while high - low > 1024:
-        middle = (low + high) // 2 // 1024 * 1024
-        if middle <= low:
-            break
-        if missing(dataclasses.replace(asked, n_ctx=middle)):
-            high = middle
-        else:
+def _missing(option: Option, budget: Budget) -> int:
+    """Bytes of main memory that are missing for what cannot be paged."""
+    cpu = next(r for r in option.rows if r.device == "CPU")
+    part = sum(r.total_bytes for r in option.rows if r.device in budget.shared)
+    weights = cpu.weights_bytes if option.settings.load_mode in PAGEABLE else 0
+    return max(0, cpu.total_bytes - weights + part - budget.ram)
+
+
+def _longest(search: Search, n_ctx: int) -> int:
+    """The longest context below ``n_ctx`` that can run, in whole steps; 0 where not even one step can."""
+    asked = search.choices[0]
+    low, high = 0, -(-n_ctx // _CONTEXT_STEP)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if search.possible(dataclasses.replace(asked, n_ctx=middle * _CONTEXT_STEP)):
             low = middle
-    return low
+        else:
+            high = middle
+    return low * _CONTEXT_STEP
 
 
 def warnings(plan: Plan, model: ModelInfo, hardware: Hardware, budget: Budget) -> list[str]:

@@ -13,6 +13,7 @@ from tensortier.rates import Rates
 from tensortier.types import DeviceMemory, Estimate, ModelInfo, Placement, Plan, Settings, Workload
 
 TIE = 0.01  # of the time: within it the simpler one wins
+PAGEABLE = ("auto", "mmap")  # load modes that map the file and do not hold it
 QUANTIZED_KV_GAIN = 0.05  # that a quantized KV cache has to bring: it costs a little quality
 
 
@@ -103,7 +104,7 @@ class Search:
         """A placement with its memory and time."""
         question = self.question(settings)
         taken = question.rows(place) if rows is None else rows
-        paged = self.budget.paged(taken, pageable=settings.load_mode in ("auto", "mmap", "mmap+mlock"))
+        paged = self.budget.paged(taken, pageable=self.pageable(settings))
         estimate = cost.estimate(
             self.model,
             dataclasses.replace(question.plan, placement=place),
@@ -193,8 +194,18 @@ class Search:
             output,
             sent,
             self.budget.shared,
-            settings.load_mode in ("auto", "mmap", "mmap+mlock"),
+            self.pageable(settings),
         )
+
+    def pageable(self, settings: Settings) -> bool:
+        """Whether weights may be more than main memory holds."""
+        return settings.load_mode in PAGEABLE
+
+    def possible(self, settings: Settings) -> bool:
+        """Whether anything fits with these settings."""
+        other = Search(self.model, self.budget, self.start, self.workload, self.rates, (settings,))
+        other._more = self._more
+        return other.best(other.options()) is not None
 
     def handicap(self, settings: Settings) -> float:
         """What the time of a plan with these settings is multiplied by when it is compared."""
