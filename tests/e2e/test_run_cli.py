@@ -176,8 +176,10 @@ def test_a_prompt_longer_than_the_context_and_a_bad_grammar(tmp_path: Path, tiny
         result = run(str(tiny_path), "-p", "hi", "--grammar", str(grammar), *SHORT, command=COMMAND[:-1])
         assert reason in one_error_line(result)
         assert result.returncode == 2
-        # the plan's reason and the error: the parser's own message went into that
-        assert len(result.stderr.splitlines()) == 2
+        # the plan's reason, a speed where this machine was measured, and the error: the parser's own message went
+        # into that
+        told = [line for line in result.stderr.splitlines() if not line.startswith("predicted: ")]
+        assert len(told) == 2
 
 
 # --- Ctrl-C
