@@ -104,10 +104,10 @@ class Engine:
 
     def _open_paged(self) -> PagedWeights | None:
         """The store of the weights that the plan leaves on the drive, if it leaves any."""
-        from tensortier import tier
+        from tensortier import pageable, tier
 
         overrides = self.plan.placement.overrides
-        if self.plan.tier is None and all(o.device != tier.DEVICE for o in overrides):
+        if self.plan.tier is None and all(o.device != pageable.DEVICE for o in overrides):
             return None
         self._check_file()
         return tier.PagedWeights(self.plan)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from tensortier import candidates, memory, placement, reasons
+from tensortier import candidates, memory, paging, placement, reasons
 from tensortier.budget import DEVICE_MARGIN as DEVICE_MARGIN
 from tensortier.budget import Budget, budget_of
 from tensortier.candidates import Question, excess
@@ -75,8 +75,11 @@ def plan(
     search = Search(model, budget, start, load, rates, tuple(_choices(settings, load, wishes)))
     if isinstance(answers, memory.Formulas):  # with what is known of the devices here
         answers = memory.Formulas(model, budget.free, budget.helpers)
+    paged = None
     with _asked(answers) as exact:
         winner, options, rows = _proved(search, exact)
+        if settings.load_mode == "auto" and winner.paged:
+            paged = _best_on_the_drive(search, hardware, options, exact)
     made = dataclasses.replace(
         start, placement=winner.placement, settings=winner.settings, estimate=winner.estimate
     )
@@ -84,7 +87,11 @@ def plan(
     if wishes.context:
         told.append(reasons.context(winner.settings.n_ctx, load))
     made = _finish(made, hardware, rows, told, model, budget)
-    return dataclasses.replace(made, candidates=_ladder(winner, options, made))
+    ladder = _ladder(winner, options, made)
+    made = dataclasses.replace(made, candidates=ladder)
+    if paged is None or paged.estimate is None or paged.estimate.seconds > winner.seconds:
+        return made
+    return _preferred(paged, made, hardware, model, budget)
 
 
 def manual_plan(
@@ -147,7 +154,12 @@ def simple_plan(
         else:
             place, told = Placement(), f"nothing useful fits on {names}: all in RAM"
         made = dataclasses.replace(start, placement=place)
-        return _finish(made, hardware, exact.ask(made), [told], model, budget)
+        made = _finish(made, hardware, exact.ask(made), [told], model, budget)
+        if settings.load_mode == "auto" and budget.paged(made.memory, pageable=True):
+            paged = paging.on_the_drive(model, made, made.memory, hardware.ram_available, budget.free)
+            if paged is not None:
+                return _preferred(paged, made, hardware, model, budget)
+        return made
 
 
 def context_for(model: ModelInfo, workload: Workload) -> int:
@@ -213,6 +225,46 @@ def _ladder(winner: Option, options: Sequence[Option], made: Plan) -> tuple[Cand
             for o in best.values()
         ),
     )
+
+
+def _best_on_the_drive(
+    search: Search, hardware: Hardware, options: Sequence[Option], exact: memory.Answers
+) -> Plan | None:
+    """Of the options whose weights RAM does not hold, the one that is fastest when our own backend reads them."""
+    found: list[tuple[float, Plan, Option]] = []
+
+    def paged(option: Option, rows: Sequence[DeviceMemory]) -> Plan | None:
+        made = paging.on_the_drive(
+            search.model, search.plan_of(option), rows, hardware.ram_available, search.budget.free
+        )
+        if made is None:
+            return None
+        estimate = paging.estimate(search.model, made, search.rates, search.workload, search.budget.free)
+        return dataclasses.replace(made, estimate=estimate)
+
+    for option in options:
+        if option.fits and option.paged and (made := paged(option, option.rows)) and made.estimate:
+            found.append((made.estimate.seconds * search.handicap(option.settings), made, option))
+    if not found:
+        return None
+    _, _, chosen = min(found, key=lambda f: f[0])
+    return paged(chosen, exact.ask(search.plan_of(chosen)))
+
+
+def _preferred(paged: Plan, mapped: Plan, hardware: Hardware, model: ModelInfo, budget: Budget) -> Plan:
+    """A plan with weights on the drive, where ``mapped`` would leave them to the kernel's paging."""
+    told = reasons.on_the_drive(model, paged, paging.paged_bytes(model, paged, budget.free), mapped)
+    made = dataclasses.replace(paged, reasons=(told,), workload=mapped.workload)
+    made = dataclasses.replace(made, warnings=tuple(reasons.warnings(made, model, hardware, budget)))
+    if not mapped.candidates:
+        return made
+    chosen = Candidate(
+        "weights on the drive", True, made.placement, made.settings, made.memory, made.estimate, "chosen"
+    )
+    slower = mapped.candidates[0].estimate.seconds / made.estimate.seconds  # type: ignore[union-attr]
+    note = f"{slower:.1f}x slower: the file is mapped, and the kernel drops pages that are needed next"
+    rest = (dataclasses.replace(mapped.candidates[0], note=note), *mapped.candidates[1:])
+    return dataclasses.replace(made, candidates=(chosen, *rest))
 
 
 class _Remembered:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from tensortier import formulas, placement
 from tensortier.budget import Budget
 from tensortier.candidates import CPU_ONLY, EVERYTHING, FIT, Question
+from tensortier.pageable import DEVICE
 from tensortier.search import PAGEABLE, QUANTIZED_KV_GAIN, Option, Search
-from tensortier.types import DeviceMemory, Estimate, Hardware, ModelInfo, Placement, Plan, Settings, Workload
+from tensortier.types import DeviceMemory, Hardware, ModelInfo, Placement, Plan, Settings, Workload
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -45,9 +46,7 @@ def why(
     return told
 
 
-def on_the_drive(
-    model: ModelInfo, made: Plan, paged: tuple[int, int], mapped: Plan, estimate: Estimate | None
-) -> str:
+def on_the_drive(model: ModelInfo, made: Plan, paged: tuple[int, int], mapped: Plan) -> str:
     """What stays on the drive, and what a mapped file would come to."""
     assert made.tier is not None
     experts, dense = paged
@@ -59,8 +58,8 @@ def on_the_drive(
         held = min(1.0, made.tier.dense_bytes / dense)
         parts.append(f"{gib(dense)} of other weights, of which {held:.0%} stay in RAM")
     told = f"RAM is too small for {gib(model.nbytes)} of weights: on the drive " + " and ".join(parts)
-    if estimate is not None and mapped.estimate is not None:
-        ratio = mapped.estimate.seconds / estimate.seconds
+    if made.estimate is not None and mapped.estimate is not None:
+        ratio = mapped.estimate.seconds / made.estimate.seconds
         told += f"; mapping the file instead, as llama.cpp does, would take about {ratio:.1f} times as long"
     return told
 
@@ -240,7 +239,9 @@ def warnings(plan: Plan, model: ModelInfo, hardware: Hardware, budget: Budget) -
             "quantized KV cache would bring it to the GPU"
         )
     if cpu is not None:
-        left = hardware.ram_available - cpu.total_bytes
+        # what is kept of the weights on the drive lies in RAM too
+        kept = held[DEVICE].total_bytes if DEVICE in held else 0
+        left = hardware.ram_available - cpu.total_bytes - kept
         if 0 <= left < _LITTLE_RAM * hardware.ram_limit:
             told.append(f"it leaves {gib(left)} of RAM free")
     for device in hardware.devices:

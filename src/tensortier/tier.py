@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tensortier import gguf, placement
 from tensortier._llama.libs import native
 from tensortier.errors import LoadError, OutOfMemory, PlanError, UsageError
+from tensortier.pageable import DEVICE, EXPERT_WEIGHT, ORDER, can_page
 from tensortier.types import ModelInfo, Plan, Role, Tensor, TierLayerStats, TierStats
 from tensortier.types import Tier as Settings
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-DEVICE = "TIER"  # what overrides call it
 POLICIES = ("lru", "global-lru", "lfu", "static", "second-touch")  # in the order of tt_tier_config.policy
 READERS = ("auto", "io_uring", "threads")
 MAX_PARTS = 4  # of an expert, in native/expert_cache.h
@@ -28,19 +27,8 @@ _DENSE, _EXPERTS, _SMALL = 0, 1, 2  # tt_tier_tensor.kind
 
 # The order in which llama.cpp computes them (build_moe_ffn, build_ffn): what is needed first is read first.
 _PARTS = (Role.EXPERT_GATE_UP, Role.EXPERT_UP, Role.EXPERT_GATE, Role.EXPERT_DOWN)
-_ORDER = (
-    Role.ATTENTION,
-    Role.RECURRENT,
-    Role.SHARED_EXPERT,
-    Role.FFN_UP,
-    Role.FFN_GATE,
-    Role.FFN_DOWN,
-    Role.OUTPUT,
-)
 _ATTENTION = ("attn_qkv", "attn_q", "attn_k", "attn_v")
 _LAST = ("attn_output.weight", "ssm_out.weight")
-_EXPERT_WEIGHT = re.compile(r"blk\.\d+\.ffn_(?:gate_up|up|gate|down)_(exps|chexps)\.(weight|bias)")
-_DENSE_WEIGHT = re.compile(r"(?:blk\.\d+\.(?:attn|ffn|ssm)_[a-z0-9_]+|output)\.weight")
 
 
 class _Tensor(ctypes.Structure):
@@ -155,21 +143,17 @@ def _library() -> ctypes.CDLL:
         *error,
     ]
     library.tt_policy_replay.restype = ctypes.c_int64
+    library.tt_bench_reads.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_uint64,
+        ctypes.c_int32,
+        ctypes.c_int32,
+        ctypes.c_uint64,
+        ctypes.c_double,
+        *error,
+    ]
+    library.tt_bench_reads.restype = ctypes.c_double
     return library
-
-
-def can_page(tensor: Tensor) -> bool:
-    """Whether a weight can stay on the drive: those that are only ever multiplied with, which are nearly all
-    bytes of a model. (Of the embedding single rows are looked up; norms and biases are small.)"""
-    if tensor.role.is_routed_expert:
-        return bool(_EXPERT_WEIGHT.fullmatch(tensor.name)) and len(tensor.shape) in (2, 3)
-    return (
-        tensor.role in _ORDER
-        and len(tensor.shape) >= 2
-        and tensor.shape[1] > 1
-        and bool(_DENSE_WEIGHT.fullmatch(tensor.name))
-        and not tensor.name.endswith((".ssm_conv1d.weight", ".ssm_a.weight"))
-    )
 
 
 def paged_tensors(model: ModelInfo, plan: Plan) -> tuple[Tensor, ...]:
@@ -186,7 +170,7 @@ def paged_tensors(model: ModelInfo, plan: Plan) -> tuple[Tensor, ...]:
 
     def order(tensor: Tensor) -> tuple[int, int, int]:
         layer = tensor.layer if tensor.layer is not None else model.n_layers
-        ranks = _PARTS if tensor.role.is_routed_expert else _ORDER
+        ranks = _PARTS if tensor.role.is_routed_expert else ORDER
         inner = next((i for i, part in enumerate(_ATTENTION) if part in tensor.name), len(_ATTENTION))
         last = tensor.name.endswith(_LAST)
         return layer, ranks.index(tensor.role), len(_ATTENTION) + 1 if last else inner
@@ -196,7 +180,7 @@ def paged_tensors(model: ModelInfo, plan: Plan) -> tuple[Tensor, ...]:
 
 def _experts_of(tensor: Tensor) -> tuple[int, str] | None:
     """(layer, kind of experts) of a weight of routed experts; None for any other tensor, biases too."""
-    found = _EXPERT_WEIGHT.fullmatch(tensor.name)
+    found = EXPERT_WEIGHT.fullmatch(tensor.name)
     if not found or found[2] != "weight" or tensor.layer is None:
         return None
     return tensor.layer, found[1]
@@ -357,6 +341,31 @@ class PagedWeights:
         if self._handle is not None:
             self._library.tt_tier_close(self._handle)
             self._handle = None
+
+
+def drive_bandwidth(
+    path: Path, *, block: int = 1 << 20, depth: int = 32, reader: str = "auto", seconds: float = 0.5
+) -> float:
+    """Bytes/s of random reads of a file past the page cache, by the reader that a model's weights come through.
+
+    Raises:
+        UsageError: the file cannot be read so.
+    """
+    error = ctypes.create_string_buffer(1024)
+    library = _library()
+    rate: float = library.tt_bench_reads(
+        os.fsencode(path),
+        path.stat().st_size,
+        READERS.index(reader),
+        depth,
+        block,
+        seconds,
+        error,
+        len(error),
+    )
+    if rate < 0:
+        raise UsageError(error.value.decode(errors="replace"))
+    return rate
 
 
 # --- traces and replay

@@ -48,13 +48,18 @@ ALLOWED: dict[str, set[str]] = {
     "candidates": {"types", "memory", "overrides", "placement", "fit"},
     "budget": {"types", "placement", "rates"},
     "search": {"types", "memory", "formulas", "rates", "cost", "budget", "optimizer", "candidates"},
-    "reasons": {"types", "placement", "formulas", "budget", "candidates", "search"},
-    "planner": {"types", "errors", "placement", "memory", "rates", "budget", "candidates", "search", "reasons"},
+    "reasons": {"types", "placement", "formulas", "budget", "candidates", "search", "pageable"},
+    "planner": {
+        *("types", "errors", "placement", "memory", "rates", "budget", "candidates", "search", "reasons"),
+        "paging",
+    },
     "levels": {"types", "placement", "rates", "cost", "budget", "optimizer", "candidates", "search"},
     "gains": {"types", "rates", "budget", "search"},
     "_llama": {"types", "errors", "backends", "placement", "planfile"},
-    "tier": {"types", "errors", "gguf", "placement", "_llama"},
-    "engine": {"types", "errors", "_llama", "tier"},
+    "pageable": {"types"},
+    "paging": {"types", "placement", "overrides", "rates", "cost", "pageable"},
+    "tier": {"types", "errors", "gguf", "placement", "pageable", "_llama"},
+    "engine": {"types", "errors", "_llama", "pageable", "tier"},
     "chat": {"types", "errors"},
 }
 

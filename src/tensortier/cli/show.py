@@ -10,6 +10,7 @@ from tensortier import explain
 from tensortier.cli.common import readable_size
 from tensortier.cli.deciding import Planned
 from tensortier.errors import UsageError
+from tensortier.pageable import DEVICE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +86,13 @@ def _memory(planned: Planned) -> Table:
     table = _table(None, "device", "weights", "KV cache", "compute", "total", "free")
     for row in planned.plan.memory:
         sizes = (row.weights_bytes, row.kv_bytes, row.compute_bytes, row.total_bytes)
-        here = readable_size(free[row.device]) if row.device in free else "unknown"
+        here = (
+            readable_size(free[row.device])
+            if row.device in free
+            else "in RAM"
+            if row.device == DEVICE
+            else "?"
+        )
         table.add_row(row.device, *(readable_size(size) for size in sizes), here)
     return table
 
