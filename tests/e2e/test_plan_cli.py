@@ -78,10 +78,11 @@ def test_budgets(tensortier: Command, smollm2_path: Path, rpc_device: str) -> No
 def test_a_model_of_80_billion_is_planned_in_seconds(
     tensortier: Command, skeleton: Callable[[str], Path]
 ) -> None:
-    answer = tensortier("plan", skeleton("qwen3-next-80b-a3b-q4_k_m"), "--ram", "16GiB")
+    answer = tensortier("plan", skeleton("qwen3-next-80b-a3b-q4_k_m"), "--ram", "8GiB")
     assert answer.returncode == 0, answer.stderr
     assert "45." in answer.stdout and "GiB" in answer.stdout
-    assert "warning: CPU has 16.00 GiB free" in answer.stdout
+    # five times the memory that it may use: the rest has to come from the drive, and that is said
+    assert "decode is bound by reading weights from the drive" in answer.stdout
 
 
 @pytest.mark.parametrize("target", ["llama-server", "koboldcpp", "ollama"])
