@@ -19,6 +19,9 @@ constexpr size_t GRAPH_NODES = 2048;
 constexpr int WAIT_MILLISECONDS = 50; // then look whether the user wants to stop
 // Activations gathered at a time, unless one expert alone has more.
 constexpr size_t GATHER_BYTES = 4u << 20;
+// One thread computes as much at once, for so few tokens, sooner than it could wake the others.
+constexpr uint64_t ALONE_BYTES = 4u << 20;
+constexpr size_t ALONE_ROWS = 8;
 constexpr int STATUS_ABORTED = 1;
 constexpr int TYPE_F32 = 0;
 constexpr int TYPE_I32 = 26;
@@ -71,11 +74,12 @@ private:
     void expert_product(Tensor * node, const Weight & weight);
     void with_dense(Tensor * node);
     void add(const Tensor & node);
-    void run();
+    void run(bool alone = false);
     void wait(double & stalled);
     void hold(Store * store);
     void let_go();
     void give_back_dense();
+    void use_threads(int count);
     Tensor * keep(const Tensor & tensor);
     Tensor * slots(const Tensor & weight, int group, int part, int segment);
     void whole_product(const Tensor & node, const Weight & weight, const Pass & pass, int segment);
@@ -85,6 +89,8 @@ private:
     ExpertCache & experts() { return *store_->experts(); }
 
     Backend * inner_ = nullptr;
+    void (*set_threads_)(Backend *, int) = nullptr;
+    int threads_in_use_ = 0;
     Context * context_ = nullptr;
     Graph * graph_ = nullptr;
     size_t nodes_ = 0;           // in graph_
@@ -116,14 +122,19 @@ void Computer::configure() {
     if (!inner_) {
         return; // start() comes back here
     }
-    if (threads > 0) {
-        if (const auto set = inner_function<void (*)(Backend *, int)>("ggml_backend_set_n_threads")) {
-            set(inner_, threads);
-        }
-    }
+    set_threads_ = inner_function<void (*)(Backend *, int)>("ggml_backend_set_n_threads");
+    threads_in_use_ = 0;
+    use_threads(threads);
     using Set = void (*)(Backend *, bool (*)(void *), void *);
     if (const auto set = inner_function<Set>("ggml_backend_set_abort_callback")) {
         set(inner_, abort_callback, abort_data);
+    }
+}
+
+void Computer::use_threads(int count) {
+    if (set_threads_ && count > 0 && count != threads_in_use_) {
+        set_threads_(inner_, count);
+        threads_in_use_ = count;
     }
 }
 
@@ -229,11 +240,13 @@ void Computer::add(const Tensor & node) {
     ++nodes_;
 }
 
-// Computes what was gathered.
-void Computer::run() {
+// Computes what was gathered; `alone`, without the other threads: to wake them takes longer than what they would
+// save on a little work.
+void Computer::run(bool alone) {
     if (nodes_ == 0) {
         return;
     }
+    use_threads(alone ? 1 : threads);
     const int status = api().ggml_backend_graph_compute(inner_, graph_);
     if (status == STATUS_SUCCESS) {
         for (const Scattered & row : scattered_) {
@@ -435,7 +448,9 @@ void Computer::expert_product(Tensor * node, const Weight & weight) {
         left[i] = i;
     }
     slot_of_.resize(static_cast<size_t>(weight.shape[2]));
-    bool alone = false; // something of this product was computed apart from the rest
+    bool alone = false;  // something of this product was computed apart from the rest
+    bool waited = false; // for the drive: the other threads are asleep by now
+    const uint64_t one_bytes = weight.nbytes / static_cast<uint64_t>(weight.shape[2]);
     while (!left.empty()) {
         // those that are there, by segment
         std::vector<std::pair<int, size_t>> there;
@@ -447,6 +462,7 @@ void Computer::expert_product(Tensor * node, const Weight & weight) {
         }
         if (there.empty()) {
             wait(experts().totals(group).stall_seconds);
+            waited = true;
             experts().pump(group, part);
             continue;
         }
@@ -482,7 +498,7 @@ void Computer::expert_product(Tensor * node, const Weight & weight) {
         }
         product_of(*node, weight, pass, chosen);
         store_->scratch_bytes = std::max<uint64_t>(store_->scratch_bytes, scratch_used);
-        run();
+        run(waited && gathered < ALONE_ROWS * row_bytes && done.size() * one_bytes < ALONE_BYTES);
         for (const size_t i : done) {
             experts().finished(group, part, i);
             left.erase(std::find(left.begin(), left.end(), i));

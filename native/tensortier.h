@@ -196,6 +196,11 @@ TT_API void tt_tier_inject(void * tier, int64_t result, int64_t after, int64_t c
 // Everything ends once the buffers of its type are freed too.
 TT_API void tt_tier_close(void * tier);
 
+// Random reads of a file by the reader of a tier, `depth` of `block` bytes at a time, for about `seconds`.
+// Returns bytes/s, or -1 with one line in `error`. `reader` as in tt_tier_config.
+TT_API double tt_bench_reads(const char * path, uint64_t file_size, int32_t reader, int32_t depth,
+                             uint64_t block, double seconds, char * error, size_t error_size);
+
 // A policy and its room, for a replay of recorded routing.
 struct tt_policy {
     int32_t kind; // as tt_tier_config.policy

@@ -2,7 +2,9 @@
 
 #include "backend.h"
 
+#include <chrono>
 #include <exception>
+#include <random>
 
 namespace {
 
@@ -111,4 +113,47 @@ void tt_tier_inject(void * tier, int64_t result, int64_t after, int64_t count) {
 
 void tt_tier_close(void * tier) {
     delete &handle(tier);
+}
+
+double tt_bench_reads(const char * path, uint64_t file_size, int32_t reader, int32_t depth, uint64_t block,
+                      double seconds, char * error, size_t error_size) {
+    double rate = -1;
+    guarded(error, error_size, [&] {
+        tt::ReaderOptions options;
+        options.files = {path};
+        options.file_sizes = {file_size};
+        options.method = reader;
+        options.queue_depth = std::max(depth, 1);
+        options.piece = block;
+        const uint64_t blocks = file_size / std::max<uint64_t>(block, 1);
+        if (blocks == 0) {
+            throw tt::ReadError(std::string(path) + " is smaller than one block");
+        }
+        const size_t slots = static_cast<size_t>(options.queue_depth);
+        const uint64_t stride =
+            (block + 2 * tt::Reader::SECTOR_MAX) / tt::Reader::SECTOR_MAX * tt::Reader::SECTOR_MAX;
+        const tt::Memory memory(stride * slots, true);
+        std::vector<tt::ReadState> states(slots, tt::ReadState::none);
+        tt::Reader reads(std::move(options)); // after the memory: it goes first
+        std::mt19937_64 random(1);
+        const auto start = std::chrono::steady_clock::now();
+        double passed = 0;
+        while (passed < seconds) {
+            for (size_t i = 0; i < slots; ++i) {
+                if (states[i] == tt::ReadState::failed) {
+                    throw tt::ReadError(reads.error());
+                }
+                if (states[i] != tt::ReadState::loading) {
+                    const uint64_t offset = random() % blocks * block;
+                    char * area = memory.data() + stride * i;
+                    reads.submit({0, offset, block, area, area + reads.lead(0, offset), &states[i]});
+                }
+            }
+            reads.wait(100);
+            passed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        }
+        reads.drain();
+        rate = static_cast<double>(reads.totals().bytes) / reads.totals().busy_seconds;
+    });
+    return rate;
 }

@@ -209,8 +209,8 @@ class Tier:
     policy: str = "lru"  # which experts stay: "lru", "global-lru", "lfu", "static", "second-touch"
     profile: str | None = None  # a routing trace with the frequencies that policy "static" goes by
     reader: str = "auto"  # "io_uring", "threads"
-    queue_depth: int = 32  # reads under way at a time
-    read_bytes: int = 1 << 20  # of the largest single read
+    queue_depth: int = 16  # reads under way at a time: the fewer, the sooner the first of them is there
+    read_bytes: int = 512 << 10  # of the largest single read
 
 
 @dataclass(frozen=True)
