@@ -411,6 +411,7 @@ class _Program:
         if near_relaxed:
             self._narrow(solver)
             solver.setOptionValue("mip_max_nodes", 1)
+            solver.setOptionValue("mip_allow_restart", False)  # twice the time for the same answer
         solver.setOptionValue("mip_heuristic_run_feasibility_jump", False)  # costs more than it finds
         solver.setOptionValue("mip_rel_gap", gap)
         solver.setOptionValue("mip_abs_gap", 0.0)
