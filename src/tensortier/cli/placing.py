@@ -16,6 +16,7 @@ from tensortier.cli.options import (
     FlashAttention,
     LoadMode,
     choices,
+    split_list,
 )
 from tensortier.cli.options import settings as batches
 from tensortier.errors import UsageError
@@ -26,6 +27,7 @@ FLASH = FlashAttention(_SETTINGS.flash_attention)
 LOAD_MODE = LoadMode(_SETTINGS.load_mode)
 _PLAIN = (CacheType.F32, CacheType.F16, CacheType.BF16)
 _CONTEXT = "Context and computation"
+BUDGET = "Budget"
 _PLACE = "Manual placement (any of these replaces the automatic plan)"
 
 WorkloadOption = Annotated[
@@ -45,6 +47,24 @@ NoCalibrateOption = Annotated[
         "--no-calibrate",
         help="Do not measure this machine where no measurement is kept: no speeds are predicted then.",
         rich_help_panel=_CONTEXT,
+    ),
+]
+VramOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vram",
+        metavar="SIZE",
+        help="Use no more than this of each GPU, such as 8GiB; several sizes joined by commas: one per GPU.",
+        rich_help_panel=BUDGET,
+    ),
+]
+RamOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ram",
+        metavar="SIZE",
+        help="Use no more than this of main memory; weights beyond it are read from the drive as they are needed.",
+        rich_help_panel=BUDGET,
     ),
 ]
 ContextOption = Annotated[
@@ -311,3 +331,15 @@ class Manual:
     @property
     def given(self) -> bool:
         return self != Manual()
+
+
+def sizes(vram: str | None) -> tuple[int, ...]:
+    """Bytes of ``--vram``. Raises UsageError."""
+    from tensortier.catalogue import parse_bytes
+
+    if vram is None:
+        return ()
+    found = tuple(parse_bytes(size) for size in split_list([vram]))
+    if not found:
+        raise UsageError("--vram needs a size, such as 8GiB")
+    return found

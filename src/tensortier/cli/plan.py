@@ -15,7 +15,6 @@ from tensortier.cli.options import (
     RpcOption,
     device_list,
     gpu_layers,
-    split_list,
     split_servers,
     tensor_split,
 )
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from tensortier.types import Hardware
 
 _SETTINGS = Settings()
-_BUDGET = "Budget"
 _ELSEWHERE = "A machine that is not here"
 _OUTPUT = "Output"
 
@@ -42,21 +40,8 @@ def plan(
             "here: hf://owner/repo/file.gguf or https://..., of which only the header is read.",
         ),
     ],
-    vram: Annotated[
-        str | None,
-        typer.Option(
-            "--vram",
-            metavar="SIZE",
-            help="Use no more than this of each GPU, such as 8GiB; several sizes joined by commas: one per GPU.",
-            rich_help_panel=_BUDGET,
-        ),
-    ] = None,
-    ram: Annotated[
-        str | None,
-        typer.Option(
-            "--ram", metavar="SIZE", help="Use no more than this of main memory.", rich_help_panel=_BUDGET
-        ),
-    ] = None,
+    vram: placing.VramOption = None,
+    ram: placing.RamOption = None,
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -231,7 +216,7 @@ def plan(
             split_servers(rpc),
             None if workload is None else workloads.parse(workload),
             Measure.NEVER if no_calibrate else Measure.ALWAYS,
-            vram=() if vram is None else _sizes(vram),
+            vram=placing.sizes(vram),
             ram=None if ram is None or elsewhere is not None else parse_bytes(ram),
             elsewhere=elsewhere,
             levels=levels,
@@ -267,15 +252,6 @@ def _check_outputs(*, json: bool, target: str | None, explain: bool, levels: boo
         raise UsageError(
             f"--levels prints a table of its own: it goes without {'--explain' if explain else '--for'}"
         )
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    from tensortier.catalogue import parse_bytes
-
-    sizes = tuple(parse_bytes(size) for size in split_list([text]))
-    if not sizes:
-        raise UsageError("--vram needs a size, such as 8GiB")
-    return sizes
 
 
 def _described(

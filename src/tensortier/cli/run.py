@@ -261,6 +261,8 @@ def run(
     load_mode: LoadModeOption = placing.LOAD_MODE,
     no_repack: NoRepackOption = not _SETTINGS.repack,
     no_op_offload: NoOpOffloadOption = not _SETTINGS.op_offload,
+    vram: placing.VramOption = None,
+    ram: placing.RamOption = None,
     rpc: RpcOption = None,
     # where everything goes
     plan: Annotated[
@@ -286,6 +288,8 @@ def run(
     Without placement options the fastest placement for the workload is looked for, as 'tensortier plan' shows it.
     The answer goes to standard output, everything else to standard error.
     """
+    from tensortier.catalogue import parse_bytes
+
     set_verbose(verbose or is_verbose())
     if verbose and quiet:
         raise UsageError("--verbose and --quiet exclude each other")
@@ -330,7 +334,10 @@ def run(
     servers = split_servers(rpc)
     given = None if plan is None else read_plan(plan)
     if given is not None:
-        stated = (settings, undecided, workload, no_calibrate) != (Settings(), Undecided(), None, False)
+        stated = (settings, undecided, workload, no_calibrate, vram, ram) != (
+            *(Settings(), Undecided(), None, False),
+            *(None, None),
+        )
         if manual.given or servers or stated:
             raise UsageError("--plan says the placement and the settings: give it alone, or with the model")
         model = given.model if model is None else model
@@ -354,6 +361,8 @@ def run(
                 servers,
                 asked,
                 Measure.NEVER if no_calibrate else Measure.IF_IT_DECIDES,
+                placing.sizes(vram),
+                None if ram is None else parse_bytes(ram),
             ),
             prompt=question,
             system=None if system is None else argument_text(system, "--system"),
