@@ -95,7 +95,7 @@ class Engine:
             self.n_ctx: int = self._llama.n_ctx()
             planned = {row.device: row for row in plan.memory}
             self.memory: tuple[DeviceReport, ...] = tuple(
-                DeviceReport(row.device, planned.get(row.device), row)
+                DeviceReport(row.device, planned.get(row.device), self._held(row))
                 for row in memory.allocated(self._llama.ctx)
             )
         except BaseException:
@@ -111,6 +111,14 @@ class Engine:
             return None
         self._check_file()
         return tier.PagedWeights(self.plan)
+
+    def _held(self, row: DeviceMemory) -> DeviceMemory:
+        """Of weights on the drive llama.cpp counts all; what counts is the RAM that holds some of them."""
+        from tensortier import pageable
+
+        if self._paged is None or row.device != pageable.DEVICE:
+            return row
+        return DeviceMemory(row.device, self._paged.stats().memory_bytes, 0, 0)
 
     def _check_file(self) -> None:
         from pathlib import Path
