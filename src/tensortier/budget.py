@@ -24,12 +24,15 @@ class Budget:
     helpers: tuple[str, ...] = ()  # devices that take wide products of weights in main memory (op offload)
     left_out: tuple[str, ...] = ()  # devices of which no speed is known
 
+    def ram_beside(self, rows: Sequence[DeviceMemory]) -> int:
+        """Bytes of main memory that devices which share it leave to the CPU."""
+        return self.ram - sum(r.total_bytes for r in rows if r.device in self.shared)
+
     def paged(self, rows: Sequence[DeviceMemory], *, pageable: bool) -> int | None:
         """Bytes of weights that main memory does not hold and that are read from the drive in turn; None where
         what cannot be paged does not fit either. ``pageable``: weights can (they are mapped from the file)."""
         cpu = next((r for r in rows if r.device == "CPU"), DeviceMemory("CPU", 0, 0, 0))
-        part = sum(r.total_bytes for r in rows if r.device in self.shared)
-        over = max(0, cpu.total_bytes + part - self.ram)
+        over = max(0, cpu.total_bytes - self.ram_beside(rows))
         if over > cpu.weights_bytes or (over and not pageable):
             return None
         return over

@@ -156,7 +156,7 @@ def simple_plan(
         made = dataclasses.replace(start, placement=place)
         made = _finish(made, hardware, exact.ask(made), [told], model, budget)
         if settings.load_mode == "auto" and budget.paged(made.memory, pageable=True):
-            paged = paging.on_the_drive(model, made, made.memory, hardware.ram_available, budget.free)
+            paged = paging.on_the_drive(model, made, made.memory, budget.ram_beside(made.memory), budget.free)
             if paged is not None:
                 return _preferred(paged, made, hardware, model, budget)
         return made
@@ -235,7 +235,7 @@ def _best_on_the_drive(
 
     def paged(option: Option, rows: Sequence[DeviceMemory]) -> Plan | None:
         made = paging.on_the_drive(
-            search.model, search.plan_of(option), rows, hardware.ram_available, search.budget.free
+            search.model, search.plan_of(option), rows, search.budget.ram_beside(rows), search.budget.free
         )
         if made is None:
             return None

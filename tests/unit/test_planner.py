@@ -178,7 +178,9 @@ def test_what_wins_is_proved_and_planned_again_until_it_fits(model: Callable[[st
 
 
 def test_more_than_main_memory_is_paged_and_said(model: Callable[[str], ModelInfo]) -> None:
-    plan = planned(model("gpt-oss-120b-mxfp4"), described("RTX 4060", ram=32))
+    """Where mapping the file was asked for; ``test_paging`` has what is done otherwise."""
+    settings = Settings(flash_attention="on", load_mode="mmap")
+    plan = planned(model("gpt-oss-120b-mxfp4"), described("RTX 4060", ram=32), settings=settings)
     assert plan.settings.load_mode == "mmap" and not plan.settings.repack
     assert any("read from the drive" in reason for reason in plan.reasons)
     assert plan.estimate is not None and "drive" in plan.estimate.decode_seconds
@@ -254,12 +256,11 @@ def test_graphics_that_share_main_memory_share_the_budget(model: Callable[[str],
     """An M-series machine with 16 GiB cannot hold 12 GiB on its graphics and 8 GiB beside them."""
     hardware = catalogue.hypothetical(["M4 Pro"], 24 * GIB)
     plan = planned(model("mixtral-8x7b-q4_k_m"), hardware)
-    graphics = sum(r.total_bytes for r in plan.memory if r.device != "CPU")
     assert budget.budget_of(hardware, None).shared == {hardware.devices[1].name}
-    cpu = next(r for r in plan.memory if r.device == "CPU")
-    assert graphics + cpu.kv_bytes + cpu.compute_bytes <= hardware.ram_available
-    paged = budget.budget_of(hardware, None).paged(plan.memory, pageable=True)
-    assert paged == max(0, graphics + cpu.total_bytes - hardware.ram_available)
+    assert sum(r.total_bytes for r in plan.memory) <= hardware.ram_available
+    mapped = planned(model("mixtral-8x7b-q4_k_m"), hardware, settings=Settings(load_mode="mmap"))
+    paged = budget.budget_of(hardware, None).paged(mapped.memory, pageable=True)
+    assert paged == max(0, sum(r.total_bytes for r in mapped.memory) - hardware.ram_available) > 0
 
 
 @pytest.mark.parametrize("mib", [0, 60, 200, 2000])
