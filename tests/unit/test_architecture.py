@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "hardware": {"types", "errors", "system"},
     "library": {"types", "errors", "paths", "gguf"},
     "formulas": {"types"},
-    "calibrate": {"types", "errors", "paths", "gguf", "_llama"},
+    "calibrate": {"types", "errors", "paths", "gguf", "tier", "_llama"},
     "placement": {"types", "errors", "patterns"},
     "workloads": {"types", "errors"},
     "rates": {"types", "calibrate", "gguf"},

@@ -12,7 +12,7 @@ from typing import Any
 from tensortier import paths
 from tensortier.types import Hardware
 
-VERSION = 6
+VERSION = 7
 
 
 @dataclasses.dataclass(frozen=True)
