@@ -54,7 +54,7 @@ def on_the_drive(
     if dense:
         # experts are used in part, other weights whole: the byte of a dense weight is worth more
         held = min(dense, room - least)
-    tier = Tier(expert_bytes=room - held if experts else 0, dense_bytes=held)
+    tier = Tier(min(room - held, sum(t.nbytes for t in experts)), held)
     names = {t.name for t in paged}
     overrides: dict[str, list[str]] = {DEVICE: sorted(names)}
     layers = placement.resolve(model, dataclasses.replace(plan.placement, overrides=()), free)
