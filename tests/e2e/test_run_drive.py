@@ -1,0 +1,60 @@
+"""``run --ram``: a mixture that the budget does not hold answers from the drive, as it does from memory, and the
+process stays within the budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MIB = 1 << 20
+# 700 MB, nearly all of it experts
+MIXTURE = {"layers": 12, "n_embd": 512, "n_ff": 1024, "experts": 64, "used": 4, "heads": 8, "kv_heads": 2}
+OPTIONS = ["--raw", "--json", "--temp", "0", "-n", "12", "-c", "512", "-b", "64", "-ub", "64", "-t", "1", "--no-repack", "--no-calibrate"]
+
+
+def run(model: Path, *options: str) -> tuple[dict[str, Any], int]:
+    """(the answer, the most bytes that were resident)"""
+    command = [sys.executable, "-m", "tensortier", "run", str(model), "-p", "The sun is", *OPTIONS, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        out, told = process.stdout.read(), process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, told
+    answer: dict[str, Any] = json.loads(out)
+    return answer, usage.ru_maxrss * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_a_model_larger_than_the_budget(synthetic: Callable[..., Path]) -> None:
+    path = synthetic(**MIXTURE)
+    assert path.stat().st_size > 650e6
+    budget = 560 * MIB
+    expected, _ = run(path)
+    answer, peak = run(path, "--ram", "560MiB")
+    assert answer["text"] == expected["text"]
+    assert "on the drive" in answer["reasons"][0]
+    rows = {row["device"]: row for row in answer["devices"]}
+    assert 0 < rows["TIER"]["allocated"]["weights_bytes"] <= rows["TIER"]["planned"]["weights_bytes"]
+    assert rows["CPU"]["allocated"] == rows["CPU"]["planned"]
+    assert peak <= 1.05 * budget, f"{peak / MIB:.0f} MiB"
+
+
+def test_a_plan_file_with_weights_on_the_drive(synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    path = synthetic(**MIXTURE)
+    command = [sys.executable, "-m", "tensortier", "plan", str(path), "--ram", "560MiB", "-c", "512"]
+    command += ["--no-calibrate", "--json"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    plan = json.loads(made)
+    assert {o["device"] for o in plan["placement"]["overrides"]} == {"TIER"}
+    (tmp_path / "plan.json").write_text(made)
+    command = [sys.executable, "-m", "tensortier", "run", "--plan", str(tmp_path / "plan.json")]
+    done = subprocess.run([*command, "-p", "hi", "--raw", "-n", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
