@@ -16,7 +16,10 @@ import pytest
 MIB = 1 << 20
 # 700 MB, nearly all of it experts
 MIXTURE = {"layers": 12, "n_embd": 512, "n_ff": 1024, "experts": 64, "used": 4, "heads": 8, "kv_heads": 2}
-OPTIONS = ["--raw", "--json", "--temp", "0", "-n", "12", "-c", "512", "-b", "64", "-ub", "64", "-t", "1", "--no-repack", "--no-calibrate"]
+OPTIONS = (
+    *("--raw", "--json", "--temp", "0", "-n", "12", "-c", "512", "-b", "64", "-ub", "64", "-t", "1"),
+    *("--no-repack", "--no-calibrate"),
+)
 
 
 def run(model: Path, *options: str) -> tuple[dict[str, Any], int]:
