@@ -59,6 +59,9 @@ ALLOWED: dict[str, set[str]] = {
     "pageable": {"types"},
     "paging": {"types", "placement", "overrides", "rates", "cost", "pageable"},
     "tier": {"types", "errors", "gguf", "placement", "pageable", "_llama"},
+    "slots": {"types", "errors", "pageable"},
+    "routing": {"types", "errors", "planid"},
+    "simulate": {"tier", "routing"},
     "engine": {"types", "errors", "_llama", "pageable", "tier"},
     "chat": {"types", "errors"},
 }

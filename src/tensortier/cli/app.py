@@ -10,7 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from tensortier.cli import EXIT_INTERRUPTED, PROGRAM, backend, common, hardware, inspect, models, plan, run
+from tensortier.cli import (
+    EXIT_INTERRUPTED,
+    PROGRAM,
+    backend,
+    common,
+    hardware,
+    inspect,
+    models,
+    plan,
+    run,
+    simulate,
+    trace,
+)
 from tensortier.errors import TensortierError
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -29,6 +41,8 @@ app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("hardware")(hardware.hardware)
+app.command("trace")(trace.trace)
+app.command("simulate")(simulate.simulate)
 app.add_typer(models.app, name="models")
 app.add_typer(backend.app, name="backend")
 
