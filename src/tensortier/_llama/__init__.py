@@ -1,4 +1,4 @@
-"""The border to llama.cpp and ggml: the only place (with ``tier.py`` and ``calibrate.py``) that touches ctypes.
+"""The border to llama.cpp and ggml: the only place (with ``tier.py``) that touches ctypes.
 
 ``libs``     load the bindings and the native plug-in, once
 ``log``      llama.cpp's messages, and what they say about a failure
