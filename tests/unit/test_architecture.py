@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "explain": {"types"},
     "memory": {"types", "errors", "planfile", "placement", "formulas"},
     "overrides": {"types"},
-    "export": {"types", "errors", "patterns", "placement", "overrides"},
+    "export": {"types", "errors", "patterns", "placement", "overrides", "pageable"},
     "optimizer": {"types", "errors", "formulas", "placement", "overrides", "cost"},
     "fit": {"types", "memory", "overrides", "placement"},
     "candidates": {"types", "memory", "overrides", "placement", "fit"},

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tensortier import export, gguf, placement
+from tensortier import catalogue, export, gguf, memory, placement, planner, rates
 from tensortier import overrides as patterns
 from tensortier.errors import PlanError, UsageError
 from tensortier.types import Export, ModelInfo, Override, Placement, Plan, Role, Settings
@@ -460,3 +460,28 @@ def test_golden(name: str, target: str, models: dict[str, ModelInfo]) -> None:
 def test_no_golden_file_is_left_over() -> None:
     expected = {f"{n}.{t}.txt" for n in ("qwq-32b", "gpt-oss-120b") for t in export.TARGETS}
     assert {p.name for p in GOLDEN.iterdir()} == expected
+
+
+@pytest.mark.parametrize("target", sorted(export.TARGETS))
+@pytest.mark.parametrize("cards", [(), ("RTX 4060 8GB",)])
+def test_weights_on_the_drive_go_to_ram_and_that_is_said(
+    target: str, cards: tuple[str, ...], models: Mapping[str, ModelInfo]
+) -> None:
+    """No other engine has the device TIER. gpt-oss-120b with 16 GiB of RAM has most of its experts there."""
+    model = models["gpt-oss-120b-mxfp4"]
+    here = catalogue.hypothetical(cards, 16 << 30, cpu_bandwidth=60)
+    made = planner.plan(
+        model, here, Settings(), rates=rates.from_catalogue(here), answers=memory.Formulas(model, {})
+    )
+    drive = sum(
+        t.nbytes for t in model.tensors if placement.resolve(model, made.placement, {})[t.name] == "TIER"
+    )
+    assert drive > 30 << 30
+    text = export.render(export.export(made, model, target))
+    assert "TIER" not in text
+    assert f"reads {drive / 2**30:.2f} GiB of weights from the drive" in text
+    if target == "llama-server":
+        argv = export.export(made, model, target).argv
+        assert options(argv, ("--no-repack", "--no-op-offload"))["-lm"] == "mmap"
+        assert "--no-repack" in argv, "reordered weights are copies that cannot be paged"
+        assert ("-ot" in argv) == bool(cards), "without a card everything is in RAM anyway"

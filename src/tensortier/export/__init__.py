@@ -5,12 +5,22 @@ What an engine cannot be told is never dropped in silence: ``Export.lost`` says 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from tensortier.errors import UsageError
-from tensortier.export import ik_llama, koboldcpp, llama_cpp, llama_cpp_python, lm_studio, ollama, quoting
+from tensortier.export import (
+    common,
+    ik_llama,
+    koboldcpp,
+    llama_cpp,
+    llama_cpp_python,
+    lm_studio,
+    ollama,
+    quoting,
+)
 from tensortier.types import Export, ModelInfo, Plan
 
 _TARGETS: dict[str, tuple[str, Callable[[Plan, ModelInfo], Export]]] = {
@@ -36,7 +46,9 @@ def export(plan: Plan, model: ModelInfo, target: str) -> Export:
     """
     if target not in _TARGETS:
         raise unknown(target)
-    return _TARGETS[target][1](plan, model)
+    in_memory, drive = common.without_drive(plan, model)
+    made = _TARGETS[target][1](in_memory, model)
+    return dataclasses.replace(made, lost=(*drive, *made.lost))
 
 
 def unknown(target: str) -> UsageError:

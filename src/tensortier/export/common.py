@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from urllib.parse import urlparse
@@ -9,6 +10,7 @@ from urllib.parse import urlparse
 from tensortier import placement
 from tensortier.errors import PlanError
 from tensortier.overrides import compact
+from tensortier.pageable import DEVICE as DRIVE
 from tensortier.patterns import compile_pattern
 from tensortier.types import ModelInfo, Override, Plan, Tensor
 
@@ -25,6 +27,29 @@ def model_file(model: ModelInfo) -> tuple[str, list[str]]:
         return model.path, []
     name = urlparse(model.path).path.rpartition("/")[2]
     return name, [f"The model is remote: download {model.path} first."]
+
+
+def without_drive(plan: Plan, model: ModelInfo) -> tuple[Plan, list[str]]:
+    """The plan with the weights that it leaves on the drive in RAM, mapped from the file, and what that loses: no
+    other engine has the device that reads them."""
+    moved = overridden(plan, model)
+    drive = moved.pop(DRIVE, [])
+    if not drive:
+        return plan, []
+    place = plan.placement
+    layers = placement.resolve(model, dataclasses.replace(place, overrides=()), {})
+    names = {device: [t.name for t in tensors] for device, tensors in moved.items()}
+    if offloaded := [t.name for t in drive if layers[t.name] != "CPU"]:
+        names.setdefault("CPU", []).extend(offloaded)
+    place = dataclasses.replace(place, overrides=compact(names, (t.name for t in model.tensors)))
+    # reordered weights are copies, which cannot be dropped and read again
+    settings = dataclasses.replace(plan.settings, load_mode="mmap", repack=False)
+    told = (
+        f"The plan reads {sum(t.nbytes for t in drive) / GIB:.2f} GiB of weights from the drive as they are needed, "
+        "with tensortier's own backend. Here the file is mapped and the operating system pages them, which is slower: "
+        "the plan's speed and memory do not hold."
+    )
+    return dataclasses.replace(plan, placement=place, settings=settings, tier=None), [told]
 
 
 def context(plan: Plan, model: ModelInfo) -> int:
