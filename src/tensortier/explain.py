@@ -55,7 +55,9 @@ def figure(value: float) -> str:
     """Three digits, as many as a prediction deserves."""
     if value >= 100:
         return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def workload(load: Workload, assumed: bool) -> str:

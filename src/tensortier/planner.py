@@ -91,7 +91,10 @@ def plan(
     made = dataclasses.replace(made, candidates=ladder)
     if paged is None or paged.estimate is None or paged.estimate.seconds > winner.seconds:
         return made
-    return _preferred(paged, made, hardware, model, budget)
+    told = reasons.settings(paged.settings, settings)
+    if wishes.context:
+        told.append(reasons.context(settings.n_ctx, load))
+    return _preferred(paged, made, hardware, model, budget, told)
 
 
 def manual_plan(
@@ -251,19 +254,25 @@ def _best_on_the_drive(
     return paged(chosen, exact.ask(search.plan_of(chosen)))
 
 
-def _preferred(paged: Plan, mapped: Plan, hardware: Hardware, model: ModelInfo, budget: Budget) -> Plan:
-    """A plan with weights on the drive, where ``mapped`` would leave them to the kernel's paging."""
-    told = reasons.on_the_drive(model, paged, paging.paged_bytes(model, paged, budget.free), mapped)
-    made = dataclasses.replace(paged, reasons=(told,), workload=mapped.workload)
+def _preferred(
+    paged: Plan,
+    mapped: Plan,
+    hardware: Hardware,
+    model: ModelInfo,
+    budget: Budget,
+    told: Sequence[str] = (),
+) -> Plan:
+    """A plan with weights on the drive, where ``mapped`` would leave them to the kernel's paging. ``told``: what else
+    there is to say of it."""
+    where = reasons.on_the_drive(model, paged, paging.paged_bytes(model, paged, budget.free), mapped)
+    made = dataclasses.replace(paged, reasons=(where, *told), workload=mapped.workload)
     made = dataclasses.replace(made, warnings=tuple(reasons.warnings(made, model, hardware, budget)))
     if not mapped.candidates:
         return made
     chosen = Candidate(
         "weights on the drive", True, made.placement, made.settings, made.memory, made.estimate, "chosen"
     )
-    slower = mapped.candidates[0].estimate.seconds / made.estimate.seconds  # type: ignore[union-attr]
-    note = f"{slower:.1f}x slower: the file is mapped, and the kernel drops pages that are needed next"
-    rest = (dataclasses.replace(mapped.candidates[0], note=note), *mapped.candidates[1:])
+    rest = [dataclasses.replace(c, note=reasons.mapped(c, made, budget)) for c in mapped.candidates]
     return dataclasses.replace(made, candidates=(chosen, *rest))
 
 

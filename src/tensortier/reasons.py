@@ -10,13 +10,20 @@ from tensortier.budget import Budget
 from tensortier.candidates import CPU_ONLY, EVERYTHING, FIT, Question
 from tensortier.pageable import DEVICE
 from tensortier.search import PAGEABLE, QUANTIZED_KV_GAIN, Option, Search
-from tensortier.types import DeviceMemory, Hardware, ModelInfo, Placement, Plan, Settings, Workload
+from tensortier.types import Candidate, DeviceMemory, Hardware, ModelInfo, Placement, Plan, Settings, Workload
 
 GIB = 1 << 30
 MIB = 1 << 20
 _LITTLE_RAM = 0.1  # of what there is
 _FULL_CARD = 0.95
+_PLAIN_KV = ("f32", "f16", "bf16")
+_NOT_WORTH_IT = "a quantized KV cache is not worth it"
 _CONTEXT_STEP = 1024
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "A", "A and B", "A, B and C"."""
+    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else "".join(names)
 
 
 def gib(nbytes: float) -> str:
@@ -38,11 +45,11 @@ def why(
             f"{gib(chosen.paged)} of the weights on the CPU do not fit in RAM and are read from the drive again "
             "and again"
         )
-    told += _settings(chosen, asked, options)
+    told += settings(chosen.settings, asked)
     rivals = [o for o in options if o.name == FIT and o.fits and o.settings.type_k == chosen.settings.type_k]
     if rivals and chosen.name != FIT:
         rival = min(rivals, key=lambda o: o.seconds)
-        told.append(f"llama.cpp's --fit would take {_ratio(rival.seconds, chosen.seconds)} for this workload")
+        told.append(f"llama.cpp's --fit would take {ratio(rival.seconds, chosen.seconds)} for this workload")
     return told
 
 
@@ -52,16 +59,21 @@ def on_the_drive(model: ModelInfo, made: Plan, paged: tuple[int, int], mapped: P
     experts, dense = paged
     parts = []
     if experts:
-        held = min(1.0, made.tier.expert_bytes / experts)
-        parts.append(f"{gib(experts)} of experts, of which RAM holds {held:.0%} at a time")
+        held = _share(made.tier.expert_bytes, experts)
+        parts.append(f"{gib(experts)} of experts, of which RAM holds {held} at a time")
     if dense:
-        held = min(1.0, made.tier.dense_bytes / dense)
-        parts.append(f"{gib(dense)} of other weights, of which {held:.0%} stay in RAM")
-    told = f"RAM is too small for {gib(model.nbytes)} of weights: on the drive " + " and ".join(parts)
+        held = _share(made.tier.dense_bytes, dense)
+        parts.append(f"{gib(dense)} of other weights, of which {held} stay in RAM")
+    told = f"RAM is too small for {gib(model.nbytes)} of weights: on the drive are {', and '.join(parts)}"
     if made.estimate is not None and mapped.estimate is not None:
-        ratio = mapped.estimate.seconds / made.estimate.seconds
-        told += f"; mapping the file instead, as llama.cpp does, would take about {ratio:.1f} times as long"
+        longer = ratio(mapped.estimate.seconds, made.estimate.seconds)
+        told += f"; mapping the file instead, as llama.cpp does, would take {longer}"
     return told
+
+
+def _share(part: int, whole: int) -> str:
+    share = min(1.0, part / whole)
+    return f"{share:.0%}" if share >= 0.01 else "less than 1%"
 
 
 def context(n_ctx: int, workload: Workload) -> str:
@@ -70,7 +82,7 @@ def context(n_ctx: int, workload: Workload) -> str:
 
 def attention_first(question: Question, place: Placement) -> str:
     """What ``candidates.attention_first`` came to."""
-    names = " and ".join(question.devices)
+    names = listed(question.devices)
     if place.n_gpu_layers < 0:
         where = placement.resolve(question.model, place, question.free)
         moved = sum(
@@ -87,12 +99,14 @@ def attention_first(question: Question, place: Placement) -> str:
 
 
 def _where(question: Question, chosen: Option, rows: Sequence[DeviceMemory], asked: Settings) -> str:
-    model, names = question.model, " and ".join(question.devices)
+    model, names = question.model, listed(question.devices)
     if not question.devices:
         return "no GPU here: all weights and the KV cache in RAM"
     if chosen.name.startswith(EVERYTHING):
-        told = f"everything fits on {' and '.join(chosen.placement.devices)}"
+        told = f"everything fits on {listed(chosen.placement.devices)}"
         return f"{told}: nothing to decide" if chosen.settings.type_k == asked.type_k else told
+    if chosen.name == CPU_ONLY and not any(question.room.values()):
+        return f"no room on {listed(question.devices)}: all in RAM"
     if chosen.name == CPU_ONLY:
         return f"all in RAM: computing there is faster than with {names}"
     layers = placement.layer_devices(model, chosen.placement, question.free)
@@ -100,9 +114,7 @@ def _where(question: Question, chosen: Option, rows: Sequence[DeviceMemory], ask
     on_cpu = layers[:-1].count("CPU")
     held = {r.device: r for r in rows}
     counts = [f"{layers[:-1].count(d)} on {d}" for d in question.devices if layers[:-1].count(d)]
-    told = "attention and KV cache of all layers on " + " and ".join(
-        d for d in question.devices if d in layers
-    )
+    told = "attention and KV cache of all layers on " + listed([d for d in question.devices if d in layers])
     if len(counts) > 1:
         told += f" ({', '.join(counts)})"
     if on_cpu == model.n_layers:
@@ -127,53 +139,72 @@ def _where(question: Question, chosen: Option, rows: Sequence[DeviceMemory], ask
     return told
 
 
-def _settings(chosen: Option, asked: Settings, options: Sequence[Option]) -> list[str]:
+def settings(chosen: Settings, asked: Settings) -> list[str]:
+    """The settings that are not those that were asked for, and why."""
     told = []
-    settings = chosen.settings
-    if settings.n_ubatch != asked.n_ubatch:
+    if chosen.n_ubatch != asked.n_ubatch:
         told.append(
-            f"micro-batch {settings.n_ubatch} instead of {asked.n_ubatch}: fewer passes over the weights while the "
+            f"micro-batch {chosen.n_ubatch} instead of {asked.n_ubatch}: fewer passes over the weights while the "
             "prompt is computed"
         )
-    if settings.type_k != asked.type_k:
+    if chosen.type_k != asked.type_k:
         told.append(
-            f"KV cache in {settings.type_k} instead of {asked.type_k}: at least {QUANTIZED_KV_GAIN:.0%} faster here, "
+            f"KV cache in {chosen.type_k} instead of {asked.type_k}: at least {QUANTIZED_KV_GAIN:.0%} faster here, "
             "and it costs a little quality"
         )
-    if settings.op_offload != asked.op_offload:
+    if chosen.op_offload != asked.op_offload:
         told.append(
             "large batches are sent to the GPU"
-            if settings.op_offload
+            if chosen.op_offload
             else "large batches stay on the CPU: copying weights over the link would take longer"
         )
     return told
 
 
-def _ratio(seconds: float, than: float) -> str:
-    """ "1.8x as long", "3 % longer", "as long"."""
-    ratio = seconds / than
-    if ratio >= 1.2:
-        return f"{ratio:.1f}x as long"
-    if ratio >= 1.005:
-        return f"{ratio - 1:.0%} longer"
+def ratio(seconds: float, than: float) -> str:
+    """ "1.8x as long", "3% longer", "as long"."""
+    times = seconds / than
+    if times >= 1.2:
+        return f"{times:.1f}x as long"
+    if times >= 1.005:
+        return f"{times - 1:.0%} longer"
     return "as long"
+
+
+def slower(seconds: float, than: float) -> str:
+    """ "1.8x slower", "3.1% slower", "as fast", "0.7% faster"."""
+    times = seconds / than
+    if times >= 1.2:
+        return f"{times:.1f}x slower"
+    if times >= 1.005:
+        return f"{times - 1:.1%} slower"
+    return "as fast" if times >= 0.995 else f"{1 - times:.1%} faster"
 
 
 def why_not(option: Option, winner: Option) -> str:
     """Why a candidate was not chosen."""
     if option.over:
-        return "does not fit: " + " and ".join(f"{gib(n)} too much for {d}" for d, n in option.over.items())
+        return "does not fit: " + listed([f"{gib(n)} too much for {d}" for d, n in option.over.items()])
     if option.paged is None:
         return "does not fit in RAM"
-    ratio = option.seconds / winner.seconds
-    cause = _cause(option, winner)
-    if ratio >= 1.2:
-        return f"{ratio:.1f}x slower{cause}"
-    if ratio >= 1.005:
-        return f"{ratio - 1:.1%} slower{cause}"
+    told = slower(option.seconds, winner.seconds)
+    if told.endswith("slower"):
+        return told + _cause(option, winner)
     if option.settings.type_k != winner.settings.type_k:
-        return "a quantized KV cache is not worth it"
-    return "as fast" if ratio >= 0.995 else f"{1 - ratio:.1%} faster, but less simple"
+        return _NOT_WORTH_IT
+    return f"{told}, but less simple" if told.endswith("faster") else told
+
+
+def mapped(candidate: Candidate, made: Plan, budget: Budget) -> str:
+    """Why a candidate that maps the file was not chosen, where a plan with weights on the drive was."""
+    if not candidate.fits or candidate.estimate is None or made.estimate is None:
+        return candidate.note
+    told = slower(candidate.estimate.seconds, made.estimate.seconds)
+    if not told.endswith("slower"):
+        return _NOT_WORTH_IT if candidate.settings.type_k != made.settings.type_k else told
+    if not budget.paged(candidate.memory, pageable=True):
+        return told
+    return f"{told}: the file is mapped, and the kernel drops pages that are needed next"
 
 
 def _cause(option: Option, winner: Option) -> str:
@@ -185,6 +216,8 @@ def _cause(option: Option, winner: Option) -> str:
     for kind, what in (("kv_bytes", "KV cache"), ("weights_bytes", "weights")):
         mine = getattr(ours["CPU"], kind) if "CPU" in ours else 0
         its = getattr(theirs["CPU"], kind) if "CPU" in theirs else 0
+        if kind == "weights_bytes":
+            mine, its = mine - (winner.paged or 0), its - (option.paged or 0)
         if its > mine * 1.02 + 16 * MIB:
             found.append(f"{gib(its)} of {what}")
     return f": {' and '.join(found)} in RAM" if found else ""
@@ -230,18 +263,20 @@ def _longest(search: Search, n_ctx: int) -> int:
 
 def warnings(plan: Plan, model: ModelInfo, hardware: Hardware, budget: Budget) -> list[str]:
     """What to be careful about."""
-    told = _beyond_training(model, plan.settings) + _shortages(hardware, plan.memory)
+    told = _beyond_training(model, plan.settings) + _shortages(hardware, plan.memory, budget)
     held = {r.device: r for r in plan.memory}
     cpu = held.get("CPU")
     if cpu is not None and plan.placement.devices and plan.placement.n_gpu_layers and cpu.kv_bytes:
-        told.append(
-            f"{gib(cpu.kv_bytes)} of the KV cache are in RAM: long conversations will be slow; a shorter context or a "
-            "quantized KV cache would bring it to the GPU"
-        )
+        line = f"{gib(cpu.kv_bytes)} of the KV cache are in RAM: long conversations will be slow"
+        if plan.placement.kv_on_device:
+            line += "; a shorter context"
+            line += " or a quantized KV cache" if plan.settings.type_k in _PLAIN_KV else ""
+            line += " would bring more of it to the GPU"
+        told.append(line)
     if cpu is not None:
         # what is kept of the weights on the drive lies in RAM too
         kept = held[DEVICE].total_bytes if DEVICE in held else 0
-        left = hardware.ram_available - cpu.total_bytes - kept
+        left = budget.ram_beside(plan.memory) - cpu.total_bytes - kept
         if 0 <= left < _LITTLE_RAM * hardware.ram_limit:
             told.append(f"it leaves {gib(left)} of RAM free")
     for device in hardware.devices:
@@ -271,10 +306,10 @@ def _beyond_training(model: ModelInfo, settings: Settings) -> list[str]:
     ]
 
 
-def _shortages(hardware: Hardware, rows: Sequence[DeviceMemory]) -> list[str]:
+def _shortages(hardware: Hardware, rows: Sequence[DeviceMemory], budget: Budget) -> list[str]:
     """A warning for each memory that the plan overfills."""
     free = {d.name: d.memory_free for d in hardware.devices}
-    free["CPU"] = hardware.ram_available
+    free["CPU"] = max(0, budget.ram_beside(rows))
     return [
         f"{r.device} has {_in_gib(free[r.device])} free and the plan needs {_in_gib(r.total_bytes)}"
         for r in rows

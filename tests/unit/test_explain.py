@@ -204,3 +204,18 @@ def test_formulas_and_identity_need_no_file(gemma: ModelInfo, described: Hardwar
     answers = memory.Formulas(remote, {d.name: d.memory_free for d in described.devices})
     assert answers.ask(Plan(remote.path))
     planid.check_model(Plan(remote.path, model_id=planid.of_model(remote)), gemma)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1234.5, "1234"),
+        (99.96, "100.0"),
+        (12.34, "12.3"),
+        (0.126, "0.13"),
+        (0.0169, "0.017"),
+        (0.0009, "0.0009"),
+    ],
+)
+def test_no_speed_is_shown_as_nothing(value: float, text: str) -> None:
+    assert explain.figure(value) == text

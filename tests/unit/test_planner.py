@@ -217,6 +217,50 @@ def test_the_advice_is_true(model: Callable[[str], ModelInfo]) -> None:
         planned(llama, hardware, settings=Settings(n_ctx=n + 2048))
 
 
+def test_a_plan_with_weights_on_the_drive_says_all_of_it(model: Callable[[str], ModelInfo]) -> None:
+    """What was chosen is said as for any plan, and every note of the ladder compares with the plan that was made."""
+    m = model("llama-3.3-70b-q4_k_m")
+    here = catalogue.hypothetical(("RTX 4060 8GB",), 32 << 30, cpu_bandwidth=60, drive="NVMe PCIe 4.0 x4")
+    speeds = rates.from_catalogue(here)
+    wishes = planner.Open(context=True, kv_type=True, ubatch=True, op_offload=True)
+    plan = planner.plan(m, here, Settings(), rates=speeds, open=wishes, answers=memory.Formulas(m, {}))
+    assert plan.tier is not None and plan.settings.type_k == "q8_0"
+    assert any(reason.startswith("KV cache in q8_0") for reason in plan.reasons)
+    assert plan.reasons[-1].startswith("context of 4096 tokens")
+    assert plan.estimate is not None
+    for other in plan.candidates[1:]:
+        assert other.estimate is not None
+        times = other.estimate.seconds / plan.estimate.seconds
+        if other.fits:
+            assert times > 1.2 and other.note.startswith(f"{times:.1f}x slower"), other.note
+    advice = [w for w in plan.warnings if "KV cache are in RAM" in w]
+    assert advice and "quantized" not in advice[0], "it is quantized already"
+
+
+def test_graphics_that_share_main_memory_are_counted_in_what_is_left(
+    model: Callable[[str], ModelInfo],
+) -> None:
+    m = model("qwen3-30b-a3b-q4_k_m")
+    here = catalogue.hypothetical(("M1",), 8 << 30)
+    speeds = rates.from_catalogue(here)
+    plan = planner.plan(m, here, Settings(n_ctx=4096), rates=speeds, answers=memory.Formulas(m, {}))
+    left = here.ram_available - sum(row.total_bytes for row in plan.memory)
+    assert plan.tier is not None and 0 < left < here.ram_limit // 10
+    assert any(w.startswith("it leaves") and "of RAM free" in w for w in plan.warnings), plan.warnings
+
+
+def test_a_card_without_room(model: Callable[[str], ModelInfo]) -> None:
+    m = model("qwen3-30b-a3b-q4_k_m")
+    here = described("RTX 4060 8GB")
+    full = dataclasses.replace(
+        here,
+        devices=tuple(dataclasses.replace(d, memory_free=0) if d.kind == "gpu" else d for d in here.devices),
+    )
+    speeds = rates.from_catalogue(full)
+    plan = planner.plan(m, full, Settings(n_ctx=4096), rates=speeds, answers=memory.Formulas(m, {}))
+    assert plan.reasons[0] == "no room on CUDA0: all in RAM"
+
+
 def test_warnings(model: Callable[[str], ModelInfo]) -> None:
     qwq = model("qwq-32b-iq4_xs")
     card = described("RTX 3060 12GB", ram=32)
