@@ -16,7 +16,7 @@ from tests.models.synthetic import Synthetic
 
 from bench import tier_runs
 
-MODEL = Synthetic(layers=12, n_embd=2048, n_ff=8192, heads=16, kv_heads=4, experts=0, qtype="Q8_0")
+MODEL = Synthetic(layers=20, n_embd=3072, n_ff=8192, heads=24, kv_heads=8, experts=0, qtype="Q8_0")
 
 
 def main() -> None:

@@ -240,8 +240,8 @@ void Computer::add(const Tensor & node) {
     ++nodes_;
 }
 
-// Computes what was gathered; `alone`, without the other threads: to wake them takes longer than what they would
-// save on a little work.
+// Computes what was gathered; `alone`, without the other threads: to wake them takes longer than what they
+// would save on a little work.
 void Computer::run(bool alone) {
     if (nodes_ == 0) {
         return;
@@ -325,7 +325,7 @@ Tensor * Computer::slots(const Tensor & weight, int group, int part, int segment
     Tensor tensor = weight;
     tensor.buffer = nullptr;
     tensor.extra = nullptr;
-    tensor.data = seg.base + experts().offset_in_slot(group, part);
+    tensor.data = seg.base + experts().offset_in_slot(group, part, segment);
     tensor.ne[2] = seg.count;
     tensor.nb[2] = seg.stride;
     tensor.nb[3] = seg.stride * static_cast<size_t>(seg.count);

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int WAIT_MILLISECONDS = 1000;
 constexpr int SHARED_SEGMENT = 32; // slots per tensor where groups share them: a kernel's work grows with it
-// Enough under way for a drive to be busy while the last expert is computed.
-constexpr uint64_t PASSING_BYTES = 8u << 20;
+// Enough under way for a drive to be busy while what has arrived is computed.
+constexpr uint64_t PASSING_BYTES = 16u << 20;
 constexpr uint64_t PASSING_SHARE = 8; // but no more than this part of the memory
 
 uint64_t round_up(uint64_t value, uint64_t to) {
@@ -23,6 +23,8 @@ ExpertCache::ExpertCache(std::vector<GroupSpec> groups, CacheOptions options, Re
       passes_(groups_.size()) {
     for (const GroupSpec & group : groups_) {
         layouts_.push_back(lay_out(group));
+        order_.emplace_back(group.parts.size());
+        std::iota(order_.back().begin(), order_.back().end(), size_t{0});
         most_experts_ = std::max(most_experts_, group.experts);
     }
     share_out();
@@ -53,88 +55,84 @@ ExpertCache::Layout ExpertCache::lay_out(const GroupSpec & group) const {
                                                        part.offset + static_cast<uint64_t>(e) * part.nbytes,
                                                        part.nbytes));
         }
-        at += round_up(area, reader_.alignment(part.file));
+        area = round_up(area, reader_.alignment(part.file));
+        layout.largest_area = std::max<size_t>(layout.largest_area, area);
+        at += area;
     }
     layout.slot_bytes = at;
     return layout;
 }
 
-// How many slots each group gets, and how many there are for experts that pass through.
+// How many slots each group gets, and how many there are for what passes through.
 void ExpertCache::share_out() {
-    size_t largest = 0;
+    size_t largest = 0, largest_part = 0, most_parts = 0;
     uint64_t one_each = 0, everything = 0;
     int total_experts = 0;
     for (size_t g = 0; g < groups_.size(); ++g) {
         largest = std::max(largest, layouts_[g].slot_bytes);
+        largest_part = std::max(largest_part, layouts_[g].largest_area);
+        most_parts = std::max(most_parts, groups_[g].parts.size());
         one_each += layouts_[g].slot_bytes;
         everything += layouts_[g].slot_bytes * static_cast<uint64_t>(groups_[g].experts);
         total_experts += groups_[g].experts;
     }
-    const int used = std::min(options_.used, most_experts_);
-    if (options_.bytes < largest * static_cast<uint64_t>(used)) {
-        throw ReadError("the experts of one token in one layer take " +
-                        std::to_string(largest * static_cast<uint64_t>(used)) +
+    const uint64_t used = static_cast<uint64_t>(std::min(options_.used, most_experts_));
+    if (options_.bytes < largest * used) {
+        throw ReadError("the experts of one token in one layer take " + std::to_string(largest * used) +
                         " bytes; the cache has only " + std::to_string(options_.bytes));
     }
-    const int most_slots = static_cast<int>(std::min<uint64_t>(options_.bytes / largest, 1u << 20));
     if (options_.bytes >= everything && !global()) {
         for (size_t g = 0; g < groups_.size(); ++g) {
             capacity_.push_back(groups_[g].experts);
             add_segment(layouts_[g].slot_bytes, groups_[g].experts, false, static_cast<int>(g));
         }
-        // a policy may not want all of them
-        if (options_.policy == PolicyKind::fixed) {
-            capacity_.assign(capacity_.size(), most_experts_);
-        }
         return;
     }
-    const uint64_t wanted = std::min(PASSING_BYTES, options_.bytes / PASSING_SHARE) / largest;
-    int passing = static_cast<int>(
-        std::clamp<uint64_t>(wanted, 2, std::max<uint64_t>(2, static_cast<uint64_t>(most_experts_))));
-    const bool always_stays = options_.policy == PolicyKind::lru;
-    passing = std::min(most_slots, always_stays ? passing : std::max(passing, used));
+    // Enough for the drive to be busy; and for what a token misses, where that may not stay.
+    uint64_t passing =
+        std::max<uint64_t>(std::min(PASSING_BYTES, options_.bytes / PASSING_SHARE) / largest_part, 2);
+    const uint64_t of_a_token = used * most_parts;
+    if (options_.policy != PolicyKind::lru) {
+        passing = std::max(passing, std::min(of_a_token, options_.bytes / 2 / largest_part));
+    }
+    passing = std::min(passing, options_.bytes / largest_part);
+    uint64_t left = options_.bytes - passing * largest_part;
+    std::vector<int> count(groups_.size(), 0);
     if (global()) {
-        const int room = std::min(most_slots - passing, total_experts);
-        capacity_.push_back(room);
-        for (int left = room; left > 0; left -= SHARED_SEGMENT) {
-            add_segment(largest, std::min(left, SHARED_SEGMENT), false, 0);
+        const uint64_t room = std::min<uint64_t>(left / largest, static_cast<uint64_t>(total_experts));
+        capacity_.push_back(static_cast<int>(room));
+        for (int remaining = static_cast<int>(room); remaining > 0; remaining -= SHARED_SEGMENT) {
+            add_segment(largest, std::min(remaining, SHARED_SEGMENT), false, 0);
         }
-        add_segment(largest, passing, true, -1);
-        return;
-    }
-    const uint64_t passing_bytes = static_cast<uint64_t>(passing) * largest;
-    uint64_t left = options_.bytes - passing_bytes;
-    const int each =
-        static_cast<int>(std::min<uint64_t>(left / one_each, static_cast<uint64_t>(most_experts_)));
-    std::vector<int> count(groups_.size());
-    for (size_t g = 0; g < groups_.size(); ++g) {
-        count[g] = std::min(each, groups_[g].experts);
-        left -= static_cast<uint64_t>(count[g]) * layouts_[g].slot_bytes;
-    }
-    // one more for as many groups as there is room for
-    for (size_t g = 0; g < groups_.size(); ++g) {
-        if (count[g] < groups_[g].experts && left >= layouts_[g].slot_bytes) {
-            ++count[g];
-            left -= layouts_[g].slot_bytes;
+    } else {
+        const uint64_t each = std::min<uint64_t>(left / one_each, static_cast<uint64_t>(most_experts_));
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            count[g] = std::min(static_cast<int>(each), groups_[g].experts);
+            left -= static_cast<uint64_t>(count[g]) * layouts_[g].slot_bytes;
+        }
+        for (size_t g = 0; g < groups_.size(); ++g) { // one more for as many as there is room for
+            if (count[g] < groups_[g].experts && left >= layouts_[g].slot_bytes) {
+                ++count[g];
+                left -= layouts_[g].slot_bytes;
+            }
+        }
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            capacity_.push_back(count[g]);
+            add_segment(layouts_[g].slot_bytes, count[g], false, static_cast<int>(g));
+        }
+        // too few of their own for a token: what is left over helps the rest of its experts to pass
+        const uint64_t least = static_cast<uint64_t>(*std::min_element(count.begin(), count.end()));
+        if (least < used) {
+            passing = std::max(passing, std::min((used - least) * most_parts, passing + left / largest_part));
         }
     }
-    // too few of their own for a token: then all of a token's misses shall find a slot to pass through
-    const int least = *std::min_element(count.begin(), count.end());
-    while (passing + least < used && left >= largest) {
-        ++passing;
-        left -= largest;
-    }
-    for (size_t g = 0; g < groups_.size(); ++g) {
-        capacity_.push_back(count[g]);
-        add_segment(layouts_[g].slot_bytes, count[g], false, static_cast<int>(g));
-    }
-    add_segment(largest, passing, true, -1);
+    add_segment(largest_part, static_cast<int>(passing), true, -1);
 }
 
 void ExpertCache::add_segment(size_t stride, int count, bool passing, int group) {
     free_.resize(global() ? 1 : groups_.size());
     const int number = static_cast<int>(segments_.size());
-    segments_.push_back({nullptr, stride, count});
+    segments_.push_back({nullptr, stride, count, passing});
     segment_offset_.push_back(nbytes_);
     for (int i = 0; i < count; ++i) {
         Slot slot;
@@ -169,18 +167,19 @@ int ExpertCache::capacity(int group) const {
     return capacity_[global() ? 0 : static_cast<size_t>(group)];
 }
 
-size_t ExpertCache::offset_in_slot(int group, int part) const {
+size_t ExpertCache::offset_in_slot(int group, int part, int segment) const {
     const Layout & layout = layouts_[static_cast<size_t>(group)];
-    return layout.offset[static_cast<size_t>(part)] + layout.lead[static_cast<size_t>(part)];
-}
-
-char * ExpertCache::address(int group, int part, const Slot & slot) const {
-    return slot.base + offset_in_slot(group, part);
+    const size_t p = static_cast<size_t>(part);
+    return (segments_[static_cast<size_t>(segment)].passing ? 0 : layout.offset[p]) + layout.lead[p];
 }
 
 bool ExpertCache::same_pass(int group, int part, const std::vector<int32_t> & ids) const {
     const Pass & pass = passes_[static_cast<size_t>(group)];
-    return pass.valid && !(pass.served & (1u << part)) && pass.ids == ids;
+    return pass.valid && !asked(pass, static_cast<size_t>(part)) && pass.ids == ids;
+}
+
+bool ExpertCache::asked(const Pass & pass, size_t part) const {
+    return std::find(pass.asked.begin(), pass.asked.end(), part) != pass.asked.end();
 }
 
 void ExpertCache::build(Pass & pass, const std::vector<int32_t> & ids, int tokens, int used) const {
@@ -214,22 +213,25 @@ Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids,
     Pass & pass = passes_[static_cast<size_t>(group)];
     checked_ = false;
     if (same_pass(group, part, ids)) {
-        pass.served |= 1u << part;
+        pass.asked.push_back(static_cast<size_t>(part));
         return pass;
     }
     for (const int slot : passing_) { // what passed through before is over
         release(slot);
+    }
+    const size_t parts = groups_[static_cast<size_t>(group)].parts.size();
+    std::vector<size_t> & order = order_[static_cast<size_t>(group)];
+    if (pass.asked.size() == parts) {
+        order = pass.asked;
     }
     build(pass, ids, tokens, used);
     if (on_pass) {
         on_pass(group, pass);
     }
     const size_t n = pass.experts.size();
-    const size_t parts = groups_[static_cast<size_t>(group)].parts.size();
-    pass.served = 1u << part;
+    pass.asked.assign(1, static_cast<size_t>(part));
     pass.place.assign(parts * n, UNPLACED);
     pass.stays.assign(n, 0);
-    pass.overflow = false;
     pass.valid = true;
     policy_->visit(group, pass.experts.data(), n, misses_);
     GroupTotals & totals = totals_[static_cast<size_t>(group)];
@@ -237,8 +239,6 @@ Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids,
     totals.hits += n - misses_.size();
     ++totals.passes;
 
-    std::vector<size_t> missing;   // indices of experts with a slot to be filled
-    std::vector<size_t> strangers; // of experts that do not stay
     size_t next_miss = 0;
     for (size_t i = 0; i < n; ++i) {
         const int expert = pass.experts[i];
@@ -246,7 +246,6 @@ Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids,
         if (next_miss < misses_.size() && misses_[next_miss].expert == expert) {
             const Placing & placing = misses_[next_miss++];
             if (!placing.stays) {
-                strangers.push_back(i);
                 continue;
             }
             if (placing.evicted_group >= 0) {
@@ -266,29 +265,14 @@ Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids,
         for (size_t p = 0; p < parts; ++p) {
             pass.place[p * n + i] = slot;
         }
-        missing.push_back(i); // those resident have nothing left to read, or what an error left out
     }
-    if (strangers.size() > passing_.size()) {
-        pass.overflow = true;
-    } else {
-        for (size_t k = 0; k < strangers.size(); ++k) {
-            const size_t i = strangers[k];
-            const int slot = passing_[k];
-            settle(slot);
-            Slot & filled = slots_[static_cast<size_t>(slot)];
-            filled.group = group;
-            filled.expert = pass.experts[i];
-            filled.state.fill(ReadState::none);
-            for (size_t p = 0; p < parts; ++p) {
-                pass.place[p * n + i] = slot;
+    // By parts: the first one is computed while the others arrive. Those resident have nothing left to read,
+    // or what an error left out.
+    for (const size_t p : order) {
+        for (size_t i = 0; i < n; ++i) {
+            if (!pass.stays[i]) {
+                continue;
             }
-            missing.push_back(i);
-        }
-    }
-    // by parts: the first one is computed while the others arrive
-    for (size_t step = 0; step < parts; ++step) {
-        const size_t p = (static_cast<size_t>(part) + step) % parts;
-        for (const size_t i : missing) {
             const int32_t slot = pass.place[p * n + i];
             const ReadState state = slots_[static_cast<size_t>(slot)].state[p];
             if (state == ReadState::none || state == ReadState::failed) {
@@ -303,12 +287,14 @@ Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids,
 void ExpertCache::pump(int group, int part) {
     Pass & pass = passes_[static_cast<size_t>(group)];
     const size_t n = pass.experts.size();
-    const size_t parts = groups_[static_cast<size_t>(group)].parts.size();
     // this part of all experts, then the parts that will be asked for next
-    for (size_t p = static_cast<size_t>(part); p < parts; ++p) {
+    const std::vector<size_t> & order = order_[static_cast<size_t>(group)];
+    for (auto next = std::find(order.begin(), order.end(), static_cast<size_t>(part)); next != order.end();
+         ++next) {
+        const size_t p = *next;
         for (size_t i = 0; i < n; ++i) {
             int32_t & place = pass.place[p * n + i];
-            if (place != UNPLACED || (p != static_cast<size_t>(part) && (pass.served & (1u << p)))) {
+            if (place != UNPLACED || (p != static_cast<size_t>(part) && asked(pass, p))) {
                 continue;
             }
             const int slot = take_passing(group, static_cast<int>(p) == part ? part : -1);
@@ -393,8 +379,8 @@ void ExpertCache::read(int group, int part, int slot, int expert) {
     request.file = spec.file;
     request.offset = spec.offset + static_cast<uint64_t>(expert) * spec.nbytes;
     request.nbytes = spec.nbytes;
-    request.area = filled.base + layout.offset[static_cast<size_t>(part)];
-    request.target = request.area + layout.lead[static_cast<size_t>(part)];
+    request.target = filled.base + offset_in_slot(group, part, filled.segment);
+    request.area = request.target - layout.lead[static_cast<size_t>(part)];
     request.state = &filled.state[static_cast<size_t>(part)];
     totals_[static_cast<size_t>(group)].bytes += spec.nbytes;
     reader_.submit(request);
@@ -428,12 +414,10 @@ void ExpertCache::finished(int group, int part, size_t i) {
     if (pass.stays[i] || place < 0) {
         return;
     }
-    if (pass.overflow) { // the next one's turn
-        Slot & slot = slots_[static_cast<size_t>(place)];
-        slot.group = -1;
-        slot.expert = -1;
-        place = FINISHED;
-    }
+    Slot & slot = slots_[static_cast<size_t>(place)]; // the next one's turn
+    slot.group = -1;
+    slot.expert = -1;
+    place = FINISHED;
 }
 
 void ExpertCache::recover() {

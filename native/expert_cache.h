@@ -40,19 +40,21 @@ struct GroupTotals {
     double stall_seconds = 0; // waited with nothing to compute
 };
 
-// Slots at equal distances, so that one tensor can show all of them.
+// Slots at equal distances, so that one tensor can show all of them. A slot is for all parts of an expert
+// that stays, or for a single part of one that passes through.
 struct Segment {
     char * base = nullptr;
     size_t stride = 0;
     int count = 0;
+    bool passing = false;
 };
 
 struct Slot {
     int segment = 0;
     int index = 0; // in its segment
     char * base = nullptr;
-    bool passing = false; // for experts that do not stay
-    int group = -1;       // whose expert is in it; -1: nobody's
+    bool passing = false;
+    int group = -1; // whose expert is in it; -1: nobody's
     int expert = -1;
     std::array<ReadState, MAX_PARTS> state{};
 };
@@ -71,9 +73,8 @@ struct Pass {
     std::vector<Routed> routed;   // by expert
     std::vector<size_t> first;    // experts[i] has routed[first[i]] to routed[first[i + 1]] exclusive
     std::vector<int32_t> place;   // [part][i]: the slot, UNPLACED or FINISHED
-    std::vector<uint8_t> stays;   // [i]: in a slot of its own, all parts of it
-    uint32_t served = 0;          // bit per part
-    bool overflow = false;        // more experts pass through than there are slots for them
+    std::vector<uint8_t> stays;   // [i]
+    std::vector<size_t> asked;    // parts, in the order in which they were asked for
 };
 
 class ExpertCache {
@@ -101,8 +102,8 @@ public:
     // After an error: waits for all reads and forgets what they did not bring.
     void recover();
 
-    char * address(int group, int part, const Slot & slot) const;
-    size_t offset_in_slot(int group, int part) const;
+    // Where in each slot of a segment the data of this part begins.
+    size_t offset_in_slot(int group, int part, int segment) const;
     const Segment & segment(int index) const { return segments_[static_cast<size_t>(index)]; }
 
     GroupTotals & totals(int group) { return totals_[static_cast<size_t>(group)]; }
@@ -118,6 +119,7 @@ private:
         size_t slot_bytes = 0;
         std::array<size_t, MAX_PARTS> offset{}; // of the part's area in the slot
         std::array<size_t, MAX_PARTS> lead{};   // of the data in the area, the same for all experts
+        size_t largest_area = 0;
     };
     Layout lay_out(const GroupSpec & group) const;
     void share_out();
@@ -128,6 +130,7 @@ private:
     int take_passing(int group, int part);
     int take_free(int group);
     void release(int slot);
+    bool asked(const Pass & pass, size_t part) const;
     size_t where(int group, int expert) const {
         return static_cast<size_t>(group) * static_cast<size_t>(most_experts_) + static_cast<size_t>(expert);
     }
@@ -148,7 +151,8 @@ private:
     std::vector<std::vector<int>> free_; // slots of their own that hold nothing: per group, or one list
     std::vector<int32_t> resident_slot_; // [group][expert]
     std::unique_ptr<Policy> policy_;
-    std::vector<Pass> passes_; // per group
+    std::vector<Pass> passes_;               // per group
+    std::vector<std::vector<size_t>> order_; // per group: of its parts, as the last whole pass asked for them
     std::vector<Placing> misses_;
     bool checked_ = false; // that the files are what they were
 };

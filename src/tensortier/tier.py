@@ -26,7 +26,7 @@ MAX_PARTS = 4  # of an expert, in native/expert_cache.h
 _DENSE, _EXPERTS, _SMALL = 0, 1, 2  # tt_tier_tensor.kind
 
 # The order in which llama.cpp computes them (build_moe_ffn, build_ffn): what is needed first is read first.
-_PARTS = (Role.EXPERT_GATE_UP, Role.EXPERT_UP, Role.EXPERT_GATE, Role.EXPERT_DOWN)
+_PARTS = (Role.EXPERT_GATE_UP, Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 _ATTENTION = ("attn_qkv", "attn_q", "attn_k", "attn_v")
 _LAST = ("attn_output.weight", "ssm_out.weight")
 

@@ -88,6 +88,21 @@ def test_everything_that_can_stay_on_the_drive(synthetic: Callable[..., Path]) -
         assert np.array_equal(runs.generate(model, ctx), expected)
 
 
+def test_an_expert_is_read_once_per_micro_batch(moe_path: Path) -> None:
+    """However few slots there are, and although its parts are asked for one after the other."""
+    least, everything = runs.expert_bytes(moe_path)
+    tensors = [t for t in gguf.read(moe_path).tensors if t.role.is_routed_expert and t.layer == 0]
+    one = sum(t.nbytes // t.shape[2] for t in tensors)
+    for budget in (least, everything // 3):
+        with runs.tiered(runs.tier_plan(moe_path, expert_bytes=budget)) as (model, ctx, paged):
+            runs.logits(model, ctx, runs.PROMPT)
+            stats = paged.stats()
+        for layer in stats.layers:
+            assert layer.passes == 3
+            assert layer.uses > 8  # more than there are slots
+            assert layer.bytes_read == (layer.uses - layer.hits) * one
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_more_threads(threads: int, synthetic: Callable[..., Path]) -> None:
     path = synthetic(**{"layers": 3, **SHAPES["qwen3moe"]})
