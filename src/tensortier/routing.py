@@ -104,7 +104,7 @@ def read(path: str | Path) -> Trace:
             head = _head(file.read(3 * _BYTES * _NUMBERS))
             if not head or head[0] != _MAGIC:
                 raise UsageError(no_trace)
-            if head[1] != _VERSION:
+            if len(head) > 1 and head[1] != _VERSION:
                 raise UsageError(
                     f"{path} is a trace of version {head[1]}; this program reads version {_VERSION}"
                 )

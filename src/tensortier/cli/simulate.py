@@ -114,10 +114,10 @@ def simulate(
         weights = frequencies(other.records, *other.shape)
     simulator = Simulator(recorded, weights)
     wanted = (*dict.fromkeys(chosen), *BOUNDS)
-    columns = [
-        *(_by_ram(simulator, info, text, wanted) for text in sizes if info is not None),
-        *(_by_share(simulator, info, share, wanted) for share in (() if sizes else _SHARES)),
-    ]
+    if info is not None and sizes:
+        columns = _by_ram(simulator, info, sizes, wanted)
+    else:
+        columns = [_by_share(simulator, info, share, wanted) for share in _SHARES]
     if plot is not None:
         _draw(simulator, info, [_by_share(simulator, info, share, wanted) for share in _CURVE], plot)
     if json:
@@ -159,24 +159,32 @@ def _by_share(simulator: Simulator, info: ModelInfo | None, share: float, wanted
     return _size(simulator, info, same_room(per_layer), None, wanted)
 
 
-def _by_ram(simulator: Simulator, info: ModelInfo, text: str, wanted: Sequence[str]) -> _Size:
-    """At the room that a process of this size has for experts: policies keep more or fewer places for experts that
+def _by_ram(
+    simulator: Simulator, info: ModelInfo, sizes: Sequence[str], wanted: Sequence[str]
+) -> list[_Size]:
+    """At the room that processes of these sizes have for experts: policies keep more or fewer places for experts that
     only pass through, as in the store. The bounds have the places of the policy with the most."""
     from tensortier import slots, tier
     from tensortier.catalogue import parse_bytes
     from tensortier.cli.trace import experts_on_the_drive, rows_in_ram
-    from tensortier.simulate import BOUNDS, POLICIES
+    from tensortier.simulate import BOUNDS, POLICIES, SHARED
 
-    ram = parse_bytes(text)
-    plan = experts_on_the_drive(info, Settings(), rows_in_ram(info, Settings()), ram)
-    assert plan.tier is not None
-    layers = slots.layers_of(info, tier.paged_tensors(info, plan))
-    room = {
-        name: slots.capacities(layers, info.n_expert_used, name, plan.tier.expert_bytes) for name in POLICIES
-    }
-    room[BOUNDS[0]] = tuple(map(max, *(room[name] for name in POLICIES if name != "global-lru")))
-    room[BOUNDS[1]] = (max(sum(places) for places in room.values()),)
-    return _size(simulator, info, room, ram, wanted)
+    asked = [parse_bytes(text) for text in sizes]
+    settings = Settings()
+    rows = rows_in_ram(info, settings)
+    columns = []
+    for ram in asked:
+        plan = experts_on_the_drive(info, settings, rows, ram)
+        assert plan.tier is not None
+        layers = slots.layers_of(info, tier.paged_tensors(info, plan))
+        room = {
+            name: slots.capacities(layers, info.n_expert_used, name, plan.tier.expert_bytes)
+            for name in POLICIES
+        }
+        room[BOUNDS[0]] = tuple(map(max, *(room[name] for name in POLICIES if name not in SHARED)))
+        room[BOUNDS[1]] = (max(sum(places) for places in room.values()),)
+        columns.append(_size(simulator, info, room, ram, wanted))
+    return columns
 
 
 def _size(
