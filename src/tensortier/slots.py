@@ -1,8 +1,8 @@
 """How many experts a budget of RAM holds: the rule of native/expert_cache.cpp, for budgets that are not here.
 
 The store shares its memory out among slots for experts that stay, of each layer as many as of any other, and a few
-for those that pass through. What a slot takes depends on where the experts lie in the file, because whole sectors are
-read.
+places for parts of those that pass through. What an expert takes depends on where it lies in the file, because whole
+sectors are read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tensortier.types import ModelInfo, Tensor
 # A drive may do with less, 512 bytes: then slots are a little smaller, and there may be some more of them.
 SECTOR = 4096
 _LINE = 64  # of the processor's cache: the least that parts of a slot are aligned to
-_PASSING_BYTES, _PASSING_SHARE = 8 << 20, 8  # as in expert_cache.cpp
+_PASSING_BYTES, _PASSING_SHARE = 16 << 20, 8  # as in expert_cache.cpp
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,12 @@ class Layer:
     number: int  # as the model counts them
     experts: int
     nbytes: int  # of all of them
-    slot_bytes: int  # that one of them takes in RAM
+    parts: tuple[int, ...]  # bytes that one expert takes in RAM, of each of its matrices
+
+    @property
+    def slot_bytes(self) -> int:
+        """That one expert takes in RAM."""
+        return sum(self.parts)
 
 
 def layers_of(model: ModelInfo, paged: Sequence[Tensor], sector: int = SECTOR) -> tuple[Layer, ...]:
@@ -43,22 +48,23 @@ def layers_of(model: ModelInfo, paged: Sequence[Tensor], sector: int = SECTOR) -
         if found and found[2] == "weight" and tensor.layer is not None:
             parts.setdefault((tensor.layer, found[1]), []).append(tensor)
     return tuple(
-        Layer(number, tensors[0].shape[2], sum(t.nbytes for t in tensors), _slot_bytes(tensors, sector))
+        Layer(number, tensors[0].shape[2], sum(t.nbytes for t in tensors), _areas(tensors, sector))
         for (number, _), tensors in parts.items()
     )
 
 
-def _slot_bytes(tensors: Sequence[Tensor], sector: int) -> int:
-    total, alignment = 0, max(sector, _LINE)
+def _areas(tensors: Sequence[Tensor], sector: int) -> tuple[int, ...]:
+    """Bytes that one expert's part takes in RAM, of each tensor: the most that whole sectors make of it."""
+    alignment = max(sector, _LINE)
+    areas = []
     for tensor in tensors:
         one = tensor.nbytes // tensor.shape[2]
-        lead = tensor.offset % sector
-        area = lead + one
+        area = tensor.offset % sector + one
         for expert in range(tensor.shape[2]):
             begin = tensor.offset + expert * one
             area = max(area, -(-(begin + one) // sector) * sector - begin // sector * sector)
-        total += -(-area // alignment) * alignment
-    return total
+        areas.append(-(-area // alignment) * alignment)
+    return tuple(areas)
 
 
 def capacities(layers: Sequence[Layer], used: int, policy: str, nbytes: int) -> tuple[int, ...]:
@@ -80,13 +86,15 @@ def capacities(layers: Sequence[Layer], used: int, policy: str, nbytes: int) -> 
         )
     shared = policy == "global-lru"
     if nbytes >= sum(layer.slot_bytes * layer.experts for layer in layers) and not shared:
-        return (most,) * len(layers) if policy == "static" else tuple(layer.experts for layer in layers)
-    slots = min(nbytes // largest, 1 << 20)
-    passing = min(max(min(_PASSING_BYTES, nbytes // _PASSING_SHARE) // largest, 2), max(2, most))
-    passing = min(slots, passing if policy == "lru" else max(passing, used))
+        return tuple(layer.experts for layer in layers)
+    part = max(max(layer.parts) for layer in layers)
+    passing = max(min(_PASSING_BYTES, nbytes // _PASSING_SHARE) // part, 2)
+    if policy != "lru":  # where what a token misses may not stay
+        of_a_token = used * max(len(layer.parts) for layer in layers)
+        passing = max(passing, min(of_a_token, nbytes // 2 // part))
+    left = nbytes - min(passing, nbytes // part) * part
     if shared:
-        return (min(slots - passing, sum(layer.experts for layer in layers)),)
-    left = nbytes - passing * largest
+        return (min(left // largest, sum(layer.experts for layer in layers)),)
     each = min(left // sum(layer.slot_bytes for layer in layers), most)
     counts = [min(each, layer.experts) for layer in layers]
     left -= sum(count * layer.slot_bytes for count, layer in zip(counts, layers, strict=True))
