@@ -96,6 +96,9 @@ def shape(model: Synthetic) -> shapes.Shape:
         head_dim=model.head_dim or (model.n_embd // model.heads if own.qk_norm else 0),
         n_ctx=model.context,
         qk_norm=own.qk_norm,
+        qkv_bias=own.biases,
+        expert_bias=own.biases,
+        extra={"attention.sliding_window": 128} if own.biases else {},
         n_expert=model.experts,
         n_used=model.used if model.experts else 0,
         n_ff_exp=model.n_ff if model.experts and arch != "llama" else 0,
@@ -114,6 +117,7 @@ class Architecture:
     merged: bool = False
     shared: bool = False
     qk_norm: bool = False
+    biases: bool = False  # of experts, router and attention, and attention sinks
     delta: shapes.DeltaNet | None = None
 
 
@@ -121,6 +125,7 @@ ARCHITECTURES = {
     "llama": Architecture(dense=True),
     "qwen3moe": Architecture(qk_norm=True),
     "qwen2moe": Architecture(shared=True),
+    "gpt-oss": Architecture(biases=True),
     # three of four layers are linear attention
     "qwen3next": Architecture(merged=True, shared=True, qk_norm=True, delta=shapes.DeltaNet(4, 4, 64, 2, 4)),
 }
@@ -130,7 +135,8 @@ def specs(model: Synthetic) -> list[Spec]:
     """Every tensor with its type: matrices of ``qtype``, the embedding apart, router and vectors F32."""
     result = []
     for name, dims in shapes.tensors(shape(model)):
-        if len(dims) < 2 or "ffn_gate_inp" in name or "ssm_conv1d" in name:
+        vector = len(dims) < 2 or name.endswith(".bias")
+        if vector or "ffn_gate_inp" in name or "ssm_conv1d" in name:
             kind = "F32"
         elif name in ("token_embd.weight", "output.weight"):
             kind = model.embedding
