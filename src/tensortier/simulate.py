@@ -42,8 +42,8 @@ class Outcome:
 
 
 def token_cycle(trace: Trace) -> int:
-    """Experts that one token uses over all layers. With less room a plain LRU over all layers finds nothing: each
-    expert leaves before its layer's turn comes again."""
+    """Experts that one token uses over all layers. With less room a plain LRU over all layers finds hardly
+    anything: each expert leaves before its layer's turn comes again."""
     return len(trace.layers) * trace.used
 
 

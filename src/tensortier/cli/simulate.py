@@ -216,7 +216,7 @@ def _cycle(recorded: Trace, info: ModelInfo | None) -> str:
     )
     return (
         f"One token uses {places} experts over all layers ({share:.0%}{room}). With less room a plain LRU over all "
-        "layers would find none of them again; global-lru keeps what it has instead."
+        "layers would find hardly any of them again; global-lru keeps what it has instead."
     )
 
 
