@@ -10,6 +10,7 @@ import pytest
 
 from tensortier import calibrate, gguf, hardware
 from tensortier.calibrate import drive, layers
+from tensortier.cli import measuring
 from tensortier.types import Hardware
 
 
@@ -129,3 +130,27 @@ def test_fingerprint_names_the_library(machine: Hardware) -> None:
     from importlib.metadata import version
 
     assert version("llama-cpp-python") in json.loads(calibrate.fingerprint(machine))
+
+
+def test_a_measurement_that_cannot_be_kept_is_used_and_that_is_said(
+    machine: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(in_the_way))
+    measuring.keep(machine, example(machine))
+    told = capsys.readouterr().err
+    assert "could not be kept" in told and "Not a directory" in told and told.count("\n") == 1
+
+
+def test_nothing_half_written_is_left(
+    machine: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError, match="No space left"):
+        calibrate.save(machine, example(machine))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -300,6 +300,25 @@ def test_a_ctrl_c_inside_exec_ends_with_130() -> None:
     assert result.stderr == "tensortier: error: interrupted\n"
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_process_that_is_ended_leaves_no_files(name: str, code: int, tmp_path: Path) -> None:
+    script = f"""if True:
+        import os, signal, sys, tempfile, time, types
+        from tensortier import cli
+
+        def execute(arguments):
+            with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
+                os.kill(os.getpid(), signal.{name})
+                time.sleep(30)
+
+        sys.modules["tensortier.cli.app"] = types.SimpleNamespace(execute=execute)
+        sys.exit(cli.main([]))
+    """
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=25)
+    assert (result.returncode, result.stderr) == (code, "")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "closed", "code", "out", "err"),
     [

@@ -66,7 +66,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--drive", "HDD", "--cores", "4"], "--drive and --cores describe another machine"),
         (["--link", "PCIe 4.0 x8"], "--link describes another machine"),
         ([*CARD, "--vram", "9GiB"], "more than CUDA0 has (8.0 GiB)"),
-        ([*CARD, "--vram", "4GiB,4GiB"], "2 sizes for 1 GPUs"),
+        ([*CARD, "--vram", "4GiB,4GiB"], "2 sizes for one GPU"),
         (["--gpu", "none", *CARD[2:], "--vram", "4GiB"], "no GPU"),
         ([*CARD, "-c", "2048", "--workload", "agent"], "needs 17658 tokens of context, and --context gives it 2048"),
         ([*CARD, "--workload", "agent"], "this model was trained for 8192"),
@@ -265,3 +265,12 @@ def test_what_no_gpu_holds_cannot_be_taken_from_one(skeleton: Callable[[str], Pa
     planned = make_plan(Wish(str(skeleton("qwq-32b-q3_k_m")), elsewhere=machine))
     with pytest.raises(OutOfMemory):
         plan_with_less(planned, OutOfMemory("it says nothing"))
+
+
+def test_a_narrow_terminal_still_names_the_devices(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, skeleton: Callable[[str], Path]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    told = printed(capsys, skeleton("qwen3-30b-a3b-q4_k_m"), *CARD)
+    assert "│CPU " in told and "│CUDA0 " in told
+    assert "6.2 GiB" in told

@@ -159,5 +159,11 @@ def save(hardware: Hardware, calibration: Calibration) -> None:
     target = path(hardware)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(calibration), file, indent=1)
-    Path(file.name).replace(target)
+        written = Path(file.name)
+        try:
+            json.dump(dataclasses.asdict(calibration), file, indent=1)
+            file.flush()
+        except BaseException:  # a full drive, or the end of the process
+            written.unlink(missing_ok=True)
+            raise
+    written.replace(target)

@@ -165,7 +165,8 @@ def within_budget(machine: Hardware, vram: Sequence[int], ram: int | None) -> Ha
         raise UsageError("--vram has nothing to limit: there is no GPU here")
     names = ", ".join(card.name for card in cards)
     if len(vram) > 1 and len(vram) != len(cards):
-        raise UsageError(f"--vram has {len(vram)} sizes for {len(cards)} GPUs ({names})")
+        some = f"{len(cards)} GPUs" if len(cards) > 1 else "one GPU"
+        raise UsageError(f"--vram has {len(vram)} sizes for {some} ({names})")
     if len(vram) == 1:
         # one size is for all alike, and one larger card is enough for it to mean something
         largest = max(cards, key=_memory_of)

@@ -58,6 +58,7 @@ def _measure(found: Hardware, path: str | None, rpc: Sequence[str]) -> Calibrati
     from pathlib import Path
 
     from tensortier import calibrate as calibration
+    from tensortier.cli import measuring
 
     with progress_bar(sys.stderr.isatty(), "measuring") as report:
         measured = calibration.calibrate(
@@ -66,5 +67,5 @@ def _measure(found: Hardware, path: str | None, rpc: Sequence[str]) -> Calibrati
             drive_path=Path(path) if path else None,
             progress=None if report is None else lambda fraction, _what: report(fraction),
         )
-    calibration.save(found, measured)
+    measuring.keep(found, measured)
     return measured

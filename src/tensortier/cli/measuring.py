@@ -12,6 +12,7 @@ from tensortier.errors import LibraryError, UsageError
 from tensortier.types import Device, Hardware, Settings
 
 if TYPE_CHECKING:
+    from tensortier.calibrate import Calibration
     from tensortier.rates import Rates
 
 _SECONDS = 30  # that measuring takes at most
@@ -45,8 +46,19 @@ def measured(machine: Hardware, settings: Settings, rpc: Sequence[str], *, quiet
     except LibraryError as exc:
         note(f"tensortier: warning: this machine could not be measured, so no speeds are predicted: {exc}")
         return None
-    calibrate.save(machine, found)
+    keep(machine, found)
     return _complete(rates.from_calibration(found, machine, settings), machine)
+
+
+def keep(machine: Hardware, found: Calibration) -> None:
+    """Write a measurement to the cache, or say why that was not possible: what was measured holds all the same."""
+    from tensortier import calibrate
+
+    try:
+        calibrate.save(machine, found)
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
+        note(f"tensortier: warning: the measurement could not be kept in {calibrate.path(machine)}: {reason}")
 
 
 def assumed(machine: Hardware) -> Rates | None:

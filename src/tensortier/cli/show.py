@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _BAR = 10  # characters of the longest
 _WIDE = 132  # columns from which on there is room for bars
+_TIGHT = 72  # columns below which the table of memory has no room for padding
 _NARROW = 120  # columns below which tables save space
 _LEVELS = "Whole layers, and the fastest placement of single tensors in the same memory"
 
@@ -30,7 +31,7 @@ def plan(planned: Planned, out: Console, *, explain: bool) -> None:
     name = planned.model.name or found.model
     _say(out, f"{name}: {readable_size(planned.model.nbytes)} of weights")
     _say(out, *summary(planned))
-    out.print(_memory(planned))
+    out.print(_memory(planned, out.width))
     _say(out, *predicted(planned), *found.reasons)
     _say(out, *(f"  {override.pattern} -> {override.device}" for override in found.placement.overrides))
     if explain:
@@ -80,10 +81,11 @@ def _table(title: str | None, *columns: str, left: int = 1) -> Table:
     return table
 
 
-def _memory(planned: Planned) -> Table:
+def _memory(planned: Planned, width: int) -> Table:
     free = {d.name: d.memory_free for d in planned.hardware.devices}
     free["CPU"] = planned.hardware.ram_available
     table = _table(None, "device", "weights", "KV cache", "compute", "total", "free")
+    table.padding = (0, 0) if width < _TIGHT else (0, 1)
     for row in planned.plan.memory:
         sizes = (row.weights_bytes, row.kv_bytes, row.compute_bytes, row.total_bytes)
         here = (
