@@ -6,10 +6,10 @@ namespace tt {
 namespace {
 
 constexpr int WAIT_MILLISECONDS = 1000;
-// The ring, in the largest weights: two that are computed together, one that arrives, one that is asked for.
-constexpr uint64_t RING_WEIGHTS = 4;
+// The ring, in the largest weights: one that is computed and one that arrives.
+constexpr uint64_t RING_WEIGHTS = 2;
 // And enough under way for a drive to be busy, where weights are small.
-constexpr uint64_t RING_BYTES = 16u << 20;
+constexpr uint64_t RING_BYTES = 32u << 20;
 
 uint64_t round_up(uint64_t value, uint64_t to) {
     return (value + to - 1) / to * to;
