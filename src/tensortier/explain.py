@@ -65,7 +65,8 @@ def workload(load: Workload, assumed: bool) -> str:
     said = "assumed, --workload changes it" if assumed else "as given"
     name = f"{load.name}: " if ":" not in load.name else ""
     already = f"{load.depth} tokens in the context" if load.depth else "nothing in the context"
-    return f"workload {name}{load.prompt} {'token' if load.prompt == 1 else 'tokens'} of prompt, {load.output} of answer, {already} before ({said})"
+    prompt = "1 token" if load.prompt == 1 else f"{load.prompt} tokens"
+    return f"workload {name}{prompt} of prompt, {load.output} of answer, {already} before ({said})"
 
 
 def provenance(estimate: Estimate) -> str:

@@ -46,7 +46,8 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0; 1 for an error; 2 for a request that makes no sense as
-    written; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. Not 0, and without a word, when the reader of standard output has gone.
+    written; 130 after Ctrl-C; 143 and 129, without a word, after SIGTERM and SIGHUP. Not 0, and without a word, when
+    the reader of standard output has gone.
 
     ``arguments`` are those after the program's name; None takes the process's own.
     """
