@@ -109,6 +109,14 @@ def test_an_impostor_that_changes_nothing_is_accepted(tmp_path: Path) -> None:
             "#include <stddef.h>\nint a = 3;\nvoid * ggml_backend_reg_get(size_t i) { (void)i; return &a; }",
             "API",
         ),
+        # the tables of function pointers, through which our own device is made
+        ("int a[64];\nvoid * ggml_backend_dev_backend_reg(void * d) { (void)d; return a; }", "(device)"),
+        ("int a;\nvoid * ggml_backend_get_device(void * b) { (void)b; return &a; }", "(backend)"),
+        (
+            "#include <stddef.h>\nsize_t ggml_backend_buffer_get_size(void * b) { (void)b; return 1; }",
+            "(buffer)",
+        ),
+        ("void ggml_backend_buffer_set_usage(void * b, int u) { (void)b; (void)u; }", "(buffer usage)"),
     ],
 )
 def test_another_layout_is_refused(tmp_path: Path, source: str, told: str) -> None:
