@@ -354,7 +354,7 @@ def test_a_described_machine_cannot_run(tensortier: Command, smollm2_path: Path,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the server's memory with setrlimit")
-@pytest.mark.parametrize(("limit", "enough_for_some"), [(600, True), (420, False)])
+@pytest.mark.parametrize(("limit", "enough_for_some"), [(520, True), (420, False)])
 def test_planned_again_when_memory_does_not_suffice(
     limit: int, enough_for_some: bool, moe_path: Path, rpc_module: Path, tmp_path: Path
 ) -> None:
