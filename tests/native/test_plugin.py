@@ -112,10 +112,6 @@ def test_an_impostor_that_changes_nothing_is_accepted(tmp_path: Path) -> None:
         # the tables of function pointers, through which our own device is made
         ("int a[64];\nvoid * ggml_backend_dev_backend_reg(void * d) { (void)d; return a; }", "(device)"),
         ("int a;\nvoid * ggml_backend_get_device(void * b) { (void)b; return &a; }", "(backend)"),
-        (
-            "#include <stddef.h>\nsize_t ggml_backend_buffer_get_size(void * b) { (void)b; return 1; }",
-            "(buffer)",
-        ),
         ("void ggml_backend_buffer_set_usage(void * b, int u) { (void)b; (void)u; }", "(buffer usage)"),
     ],
 )
