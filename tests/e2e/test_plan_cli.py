@@ -354,12 +354,10 @@ def test_a_described_machine_cannot_run(tensortier: Command, smollm2_path: Path,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the server's memory with setrlimit")
-@pytest.mark.parametrize(("limit", "enough_for_some"), [(520, True), (420, False)])
-def test_planned_again_when_memory_does_not_suffice(
-    limit: int, enough_for_some: bool, moe_path: Path, rpc_module: Path, tmp_path: Path
-) -> None:
-    """ggml reports the whole machine's memory as the server's, which can map only ``limit`` MB. Some 200 of them
-    are its own, and the model has 479."""
+def test_planned_again_when_memory_does_not_suffice(moe_path: Path, rpc_module: Path, tmp_path: Path) -> None:
+    """ggml reports the whole machine's memory as the server's, which can map only 420 MB; the model has 479. (What
+    the server needs for itself differs from machine to machine: whether a part of the model fits is left open.)"""
+    limit = 420
     with rpc_server(tmp_path / "server.log", address_space=limit << 20) as endpoint:
         machine = hardware.probe(rpc=(endpoint,))
         environment = calibrations.environment(tmp_path / "cache", machine)
@@ -370,7 +368,6 @@ def test_planned_again_when_memory_does_not_suffice(
     answer = json.loads(done.stdout)
     devices = {row["device"]: row["allocated"]["weights_bytes"] for row in answer["devices"]}
     assert devices.get("RPC0", 0) < limit << 20
-    assert devices.get("RPC0", 0) > 0 or not enough_for_some
     assert answer["completion_tokens"] > 0
     again = [line for line in done.stderr.splitlines() if "planned again" in line]
     assert 1 <= len(again) <= 3
