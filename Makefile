@@ -10,6 +10,7 @@ demo: .venv/.installed
 	$(BIN)/tensortier run smollm2 -p "Explain in two sentences why leaves are green." --temperature 0 --max-tokens 120
 
 test: .venv/.installed
+	@scripts/browser.sh
 	$(BIN)/python -m pytest
 
 check: .venv/.installed
