@@ -83,20 +83,22 @@ def read_per_token(model: ModelInfo, tensor: Tensor) -> float:
     return 1.0
 
 
-def movable(model: ModelInfo, layer: int) -> tuple[Tensor, ...]:
-    """A layer's tensors that are worth a place of their own: large feed-forward matrices, in the order in which
-    llama.cpp computes them (up, gate, down)."""
-    order = {
-        Role.EXPERT_GATE_UP: 0,
-        Role.FFN_UP: 0,
-        Role.EXPERT_UP: 0,
-        Role.FFN_GATE: 1,
-        Role.EXPERT_GATE: 1,
-        Role.FFN_DOWN: 2,
-        Role.EXPERT_DOWN: 2,
-    }
-    found = [t for t in by_layer(model)[layer] if t.role in order and len(t.shape) >= 2]
-    return tuple(sorted(found, key=lambda t: order[t.role]))
+_ORDER = {
+    Role.EXPERT_GATE_UP: 0,
+    Role.FFN_UP: 0,
+    Role.EXPERT_UP: 0,
+    Role.FFN_GATE: 1,
+    Role.EXPERT_GATE: 1,
+    Role.FFN_DOWN: 2,
+    Role.EXPERT_DOWN: 2,
+}
+
+
+def movable(layer: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Of a layer's tensors (``by_layer``) those that are worth a place of their own: large feed-forward matrices, in
+    the order in which llama.cpp computes them (up, gate, down)."""
+    found = [t for t in layer if t.role in _ORDER and len(t.shape) >= 2]
+    return tuple(sorted(found, key=lambda t: _ORDER[t.role]))
 
 
 def by_layer(model: ModelInfo) -> tuple[tuple[Tensor, ...], ...]:
@@ -131,7 +133,7 @@ class Costs:
         self.workload = workload
         self.kv_on_device = kv_on_device
         self._layers = by_layer(model)
-        self._movable = tuple(movable(model, i) for i in range(model.n_layers))
+        self._movable = tuple(movable(layer) for layer in self._layers)
         context = formulas.context_of(model, settings)
         self._batch = max(1, min(workload.prompt, formulas.ubatch_of(model, settings)))
         self._steps = math.ceil(workload.prompt / self._batch)
@@ -415,7 +417,7 @@ def estimate(
     layers = placement.layer_devices(model, place, free)
     where = placement.resolve(model, place, free)
     parts = [
-        costs.layer(i, layers[i], [where[t.name] for t in movable(model, i)]) for i in range(model.n_layers)
+        costs.layer(i, layers[i], [where[t.name] for t in costs.movable(i)]) for i in range(model.n_layers)
     ]
     parts += [costs.boundary(a, b) for a, b in zip((CPU, *layers), layers, strict=False)]
     output = costs.output_tensor()

@@ -146,7 +146,7 @@ def placements(case: Instance) -> Iterator[tuple[tuple[str, ...], dict[str, str]
     """Every one: the device of each layer and of the output in llama.cpp's order, and of each matrix that may be
     elsewhere."""
     model, names = case.model, (CPU, *case.devices)
-    moving = [[t.name for t in cost.movable(model, i)] for i in range(model.n_layers)]
+    moving = [[t.name for t in cost.movable(layer)] for layer in cost.by_layer(model)]
     free = [n for row in moving for n in row] + ([] if model.tied_output else ["output.weight"])
     for layers in itertools.combinations_with_replacement(names, model.n_layers + 1):
         for homes in itertools.product(names, repeat=len(free)):
@@ -160,7 +160,7 @@ class Evaluator:
         self.case = case
         self.costs = case.costs()
         self.kv = formulas.kv_bytes(case.model, case.settings)
-        self.moving = [cost.movable(case.model, i) for i in range(case.model.n_layers)]
+        self.moving = [cost.movable(layer) for layer in cost.by_layer(case.model)]
         # alignment is the optimizer's allowance, no part of the question
         self.slack = optimizer.ALIGNMENT * len(case.model.tensors)
 
