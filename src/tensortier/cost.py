@@ -14,6 +14,7 @@ the same ``Costs.layer`` that ``estimate`` does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -188,12 +189,12 @@ class Costs:
 
     def signature_id(self, layer: int) -> int:
         """A small number for ``signature``."""
-        if not hasattr(self, "_ids"):
-            numbers: dict[tuple[object, ...], int] = {}
-            self._ids = [
-                numbers.setdefault(self.signature(i), len(numbers)) for i in range(self.model.n_layers)
-            ]
         return self._ids[layer]
+
+    @functools.cached_property
+    def _ids(self) -> tuple[int, ...]:
+        numbers: dict[tuple[object, ...], int] = {}
+        return tuple(numbers.setdefault(self.signature(i), len(numbers)) for i in range(self.model.n_layers))
 
     def output(self, device: str, weights: str | None = None) -> Both:
         """The output layer on ``device`` (its matrix on ``weights``). Only the last token of a prompt has logits."""
