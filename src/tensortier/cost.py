@@ -76,9 +76,7 @@ def total(spent: Iterable[Spent]) -> Spent:
 
 
 def read_per_token(model: ModelInfo, tensor: Tensor) -> float:
-    """Share of a tensor's bytes that one token reads: of experts as many as are used, of an embedding one row."""
-    if tensor.role is Role.EMBEDDING:
-        return 0.0
+    """Share of a matrix' bytes that one token is multiplied with: of experts as many as are used."""
     if tensor.role.is_routed_expert:
         return model.n_expert_used / max(1, model.n_expert)
     return 1.0
@@ -248,7 +246,7 @@ class Costs:
 
     def _product(self, tensor: Tensor, home: str, tokens: int) -> Spent:
         """A weight at ``home`` times ``tokens`` columns."""
-        share = read_per_token(self.model, tensor) if tensor.role is not Role.EMBEDDING else 1.0
+        share = read_per_token(self.model, tensor)
         rates = self.rates.of(home)
         touched = share if tokens == 1 or not tensor.role.is_routed_expert else 1 - (1 - share) ** tokens
         nbytes = tensor.nbytes * touched
