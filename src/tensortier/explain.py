@@ -184,3 +184,13 @@ def choices(settings: Settings, context: int, chosen: frozenset[str]) -> str:
 def gib(nbytes: int) -> str:
     """ "7.6 GiB", and MiB for less than one."""
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"
+
+
+def readable_size(nbytes: int) -> str:
+    """``nbytes`` in the binary unit that reads best: "812.0 MiB"."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -55,6 +55,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "levels": {"types", "placement", "rates", "cost", "budget", "optimizer", "candidates", "search"},
     "gains": {"types", "rates", "budget", "search"},
+    "measuring": {"types", "errors", "calibrate", "catalogue", "placement", "rates"},
+    "deciding": {
+        *("types", "errors", "explain", "gguf", "library", "hardware", "formulas", "workloads", "placement"),
+        *("rates", "memory", "measuring", "planner", "planid"),
+    },
     "_llama": {"types", "errors", "backends", "placement", "planfile"},
     "pageable": {"types"},
     "paging": {"types", "placement", "overrides", "rates", "cost", "pageable"},

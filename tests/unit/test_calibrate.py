@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tensortier import calibrate, gguf, hardware
+from tensortier import calibrate, gguf, hardware, measuring
 from tensortier.calibrate import drive, layers
-from tensortier.cli import measuring
+from tensortier.cli.deciding import warn
 from tensortier.types import Hardware
 
 
@@ -138,7 +138,7 @@ def test_a_measurement_that_cannot_be_kept_is_used_and_that_is_said(
     in_the_way = tmp_path / "file"
     in_the_way.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(in_the_way))
-    measuring.keep(machine, example(machine))
+    measuring.keep(machine, example(machine), warn)
     told = capsys.readouterr().err
     assert "could not be kept" in told and "Not a directory" in told and told.count("\n") == 1
 

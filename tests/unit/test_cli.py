@@ -17,9 +17,8 @@ import pytest
 
 from tensortier import errors, workloads
 from tensortier.cli import main, run
-from tensortier.cli.deciding import Measure
-from tensortier.cli.placing import Manual, Undecided
 from tensortier.cli.session import Request, argument_text
+from tensortier.deciding import Manual, Measure, Undecided
 from tensortier.types import Sampling, Settings, Workload
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,8 +17,8 @@ import pytest
 from tensortier import gguf
 from tensortier.catalogue import hypothetical
 from tensortier.cli import main
-from tensortier.cli.deciding import Planned, Wish, make_plan, plan_with_less, settle, within_budget
-from tensortier.cli.placing import Undecided
+from tensortier.cli.deciding import make_plan
+from tensortier.deciding import Planned, Undecided, Wish, plan_with_less, settle, within_budget
 from tensortier.errors import OutOfMemory, UsageError
 from tensortier.types import Settings, Workload
 

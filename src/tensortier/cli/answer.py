@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tensortier import explain
-from tensortier.cli.common import note, readable_size
+from tensortier.cli.common import note
 from tensortier.cli.worker import EngineThread
 from tensortier.errors import Cancelled
+from tensortier.explain import readable_size
 from tensortier.types import GenerationStats, Piece, Plan
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from tensortier.cli.common import console, note, print_json, readable_size
+from tensortier.cli.common import console, note, print_json
 from tensortier.errors import UsageError
+from tensortier.explain import readable_size
 
 app = typer.Typer(
     help="List and build ggml backends (rpc, vulkan, cuda) that llama.cpp loads at run time.",

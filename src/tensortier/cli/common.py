@@ -63,13 +63,3 @@ def print_json(value: Any) -> None:
 def note(text: str) -> None:
     """One line on standard error."""
     print(text, file=sys.stderr, flush=True)
-
-
-def readable_size(nbytes: int) -> str:
-    """``nbytes`` in the binary unit that reads best: "812.0 MiB"."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

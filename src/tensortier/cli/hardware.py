@@ -58,7 +58,8 @@ def _measure(found: Hardware, path: str | None, rpc: Sequence[str]) -> Calibrati
     from pathlib import Path
 
     from tensortier import calibrate as calibration
-    from tensortier.cli import measuring
+    from tensortier import measuring
+    from tensortier.cli.deciding import warn
 
     with progress_bar(sys.stderr.isatty(), "measuring") as report:
         measured = calibration.calibrate(
@@ -67,5 +68,5 @@ def _measure(found: Hardware, path: str | None, rpc: Sequence[str]) -> Calibrati
             drive_path=Path(path) if path else None,
             progress=None if report is None else lambda fraction, _what: report(fraction),
         )
-    measuring.keep(found, measured)
+    measuring.keep(found, measured, warn)
     return measured

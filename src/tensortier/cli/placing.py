@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -19,6 +17,7 @@ from tensortier.cli.options import (
     split_list,
 )
 from tensortier.cli.options import settings as batches
+from tensortier.deciding import Undecided
 from tensortier.errors import UsageError
 from tensortier.types import Settings
 
@@ -262,16 +261,6 @@ NoKvOffloadOption = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Undecided:
-    """What the user left open, and the planner chooses."""
-
-    context: bool = True
-    kv_type: bool = True
-    ubatch: bool = True
-    op_offload: bool = True
-
-
 def settings_of(
     *,
     context: int | None,
@@ -312,25 +301,6 @@ def settings_of(
         op_offload=not no_op_offload,
     )
     return batches(settings, batch=batch, ubatch=ubatch), undecided
-
-
-@dataclass(frozen=True)
-class Manual:
-    """Placement as llama.cpp's users give it: the arguments of ``placement.from_flags``. The defaults are
-    what nothing given means."""
-
-    n_gpu_layers: int | None = None
-    override_tensors: Sequence[str] = ()
-    cpu_moe: bool = False
-    n_cpu_moe: int | None = None
-    n_cpu_ffn: int | None = None
-    tensor_split: Sequence[float] | None = None
-    devices: Sequence[str] | None = None
-    kv_on_device: bool = True
-
-    @property
-    def given(self) -> bool:
-        return self != Manual()
 
 
 def sizes(vram: str | None) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import typer
 
 from tensortier.cli import placing
 from tensortier.cli.common import console, note, print_json
-from tensortier.cli.deciding import Measure, Wish, make_plan
+from tensortier.cli.deciding import make_plan
 from tensortier.cli.options import (
     INT_MAX,
     RpcOption,
@@ -18,7 +18,7 @@ from tensortier.cli.options import (
     split_servers,
     tensor_split,
 )
-from tensortier.cli.placing import Manual
+from tensortier.deciding import Manual, Measure, Wish
 from tensortier.errors import UsageError
 from tensortier.types import Settings
 

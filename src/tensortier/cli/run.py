@@ -9,7 +9,6 @@ import typer
 
 from tensortier.cli import placing
 from tensortier.cli.common import is_verbose, set_verbose
-from tensortier.cli.deciding import Measure, Wish
 from tensortier.cli.options import (
     INT_MAX,
     RpcOption,
@@ -29,7 +28,6 @@ from tensortier.cli.placing import (
     FlashOption,
     GpuLayersOption,
     LoadModeOption,
-    Manual,
     NCpuFfnOption,
     NCpuMoeOption,
     NoCalibrateOption,
@@ -41,7 +39,6 @@ from tensortier.cli.placing import (
     ThreadsBatchOption,
     ThreadsOption,
     UbatchOption,
-    Undecided,
     WorkloadOption,
 )
 from tensortier.cli.session import (
@@ -52,6 +49,7 @@ from tensortier.cli.session import (
     read_prompt,
     run_session,
 )
+from tensortier.deciding import Manual, Measure, Undecided, Wish
 from tensortier.errors import UsageError
 from tensortier.types import Sampling, Settings
 

@@ -24,8 +24,9 @@ from tensortier.cli.answer import (
     stream_answer,
 )
 from tensortier.cli.common import note, progress_bar
-from tensortier.cli.deciding import Planned, Wish, given_plan, make_plan, plan_with_less
+from tensortier.cli.deciding import make_plan
 from tensortier.cli.worker import EXIT_INTERRUPTED, EngineThread
+from tensortier.deciding import Planned, Wish, given_plan, plan_with_less
 from tensortier.errors import Cancelled, OutOfMemory, PlanError, UsageError
 from tensortier.types import Plan, Sampling
 

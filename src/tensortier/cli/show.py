@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tensortier import explain
-from tensortier.cli.common import readable_size
-from tensortier.cli.deciding import Planned
+from tensortier.deciding import Planned
 from tensortier.errors import UsageError
+from tensortier.explain import readable_size
 from tensortier.pageable import DEVICE
 
 if TYPE_CHECKING:

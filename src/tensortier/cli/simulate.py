@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensortier.cli.common import console, print_json, readable_size
+from tensortier.cli.common import console, print_json
 from tensortier.cli.options import split_list
 from tensortier.errors import UsageError
+from tensortier.explain import readable_size
 from tensortier.types import ModelInfo, Settings
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ import typer
 
 from tensortier.cli import options, placing
 from tensortier.cli.answer import stream_answer
-from tensortier.cli.common import note, print_json, progress_bar, readable_size
+from tensortier.cli.common import note, print_json, progress_bar
 from tensortier.cli.worker import EXIT_INTERRUPTED, EngineThread
 from tensortier.errors import Cancelled, UsageError
+from tensortier.explain import readable_size
 from tensortier.types import DeviceMemory, ModelInfo, Piece, Plan, Sampling, Settings
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _check_target(output: Path, force: bool) -> None:
 def _plan(model: ModelInfo, settings: Settings, ram: str | None) -> Plan:
     from tensortier import hardware
     from tensortier.catalogue import parse_bytes
-    from tensortier.cli.deciding import within_budget
+    from tensortier.deciding import within_budget
 
     machine = hardware.probe(model.path)
     settings = replace(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tensortier.cli.common import note, progress_bar
 from tensortier.errors import LibraryError, UsageError
 from tensortier.types import Device, Hardware, Settings
 
@@ -15,42 +13,48 @@ if TYPE_CHECKING:
     from tensortier.calibrate import Calibration
     from tensortier.rates import Rates
 
-_SECONDS = 30  # that measuring takes at most
+SECONDS = 30  # that measuring takes at most
+Say = Callable[[str], None]  # takes a warning, one line
 # Where neither a measurement nor the user says it: two channels of DDR4-3200. Enough to choose a placement by, as
 # main memory is far slower than a card's; not enough to promise a speed.
 _ASSUMED_MAIN_MEMORY = 51.2e9
 
 
-def kept(machine: Hardware, settings: Settings) -> Rates | None:
+def kept(machine: Hardware, settings: Settings, say: Say) -> Rates | None:
     """From the measurement that is kept of this machine as it is now; None where there is none."""
     from tensortier import calibrate, rates
 
     found = calibrate.load(machine)
-    return None if found is None else _complete(rates.from_calibration(found, machine, settings), machine)
+    return (
+        None if found is None else _complete(rates.from_calibration(found, machine, settings), machine, say)
+    )
 
 
-def measured(machine: Hardware, settings: Settings, rpc: Sequence[str], *, quiet: bool) -> Rates | None:
-    """Measure this machine, with the servers ``rpc`` that are part of it, and keep that. None, and a line that says
-    why, where a device cannot be measured."""
+def measured(
+    machine: Hardware,
+    settings: Settings,
+    rpc: Sequence[str],
+    say: Say,
+    progress: Callable[[float], None] | None = None,
+) -> Rates | None:
+    """Measure this machine, with the servers ``rpc`` that are part of it, and keep that. None where a device cannot be
+    measured. ``progress`` is called with the fraction done, 0 to 1."""
     from tensortier import calibrate, rates
 
-    if not quiet:
-        note(f"measuring this machine once, up to {_SECONDS} s (--no-calibrate skips it) ...")
     try:
-        with progress_bar(sys.stderr.isatty() and not quiet, "measuring") as report:
-            found = calibrate.calibrate(
-                machine,
-                rpc=rpc,
-                progress=None if report is None else lambda fraction, _what: report(fraction),
-            )
+        found = calibrate.calibrate(
+            machine,
+            rpc=rpc,
+            progress=None if progress is None else lambda fraction, _what: progress(fraction),
+        )
     except LibraryError as exc:
-        note(f"tensortier: warning: this machine could not be measured, so no speeds are predicted: {exc}")
+        say(f"this machine could not be measured, so no speeds are predicted: {exc}")
         return None
-    keep(machine, found)
-    return _complete(rates.from_calibration(found, machine, settings), machine)
+    keep(machine, found, say)
+    return _complete(rates.from_calibration(found, machine, settings), machine, say)
 
 
-def keep(machine: Hardware, found: Calibration) -> None:
+def keep(machine: Hardware, found: Calibration, say: Say) -> None:
     """Write a measurement to the cache, or say why that was not possible: what was measured holds all the same."""
     from tensortier import calibrate
 
@@ -58,7 +62,7 @@ def keep(machine: Hardware, found: Calibration) -> None:
         calibrate.save(machine, found)
     except OSError as exc:
         reason = exc.strerror or str(exc)
-        note(f"tensortier: warning: the measurement could not be kept in {calibrate.path(machine)}: {reason}")
+        say(f"the measurement could not be kept in {calibrate.path(machine)}: {reason}")
 
 
 def assumed(machine: Hardware) -> Rates | None:
@@ -85,14 +89,12 @@ def assumed(machine: Hardware) -> Rates | None:
     return rates.from_catalogue(replace(machine, devices=tuple(devices)))
 
 
-def _complete(found: Rates, machine: Hardware) -> Rates | None:
+def _complete(found: Rates, machine: Hardware, say: Say) -> Rates | None:
     """``found``, unless a device is missing that layers may go to."""
     from tensortier import placement
 
     missing = [c.name for c in placement.gpus(machine) if c.name not in found.devices]
     if not missing and "CPU" in found.devices:
         return found
-    note(
-        f"tensortier: warning: {', '.join(missing or ['CPU'])} could not be measured: no speeds are predicted"
-    )
+    say(f"{', '.join(missing or ['CPU'])} could not be measured: no speeds are predicted")
     return None
