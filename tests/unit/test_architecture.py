@@ -69,6 +69,12 @@ ALLOWED: dict[str, set[str]] = {
     "simulate": {"tier", "routing"},
     "engine": {"types", "errors", "_llama", "pageable", "tier"},
     "chat": {"types", "errors"},
+    "server": {
+        *("types", "errors", "paths", "gguf", "library", "hardware", "catalogue", "formulas", "workloads"),
+        *("placement", "pageable", "paging", "rates", "cost", "memory", "measuring", "budget", "optimizer"),
+        *("candidates", "search", "reasons", "planner", "planfile", "planid", "levels", "gains", "explain"),
+        *("export", "overrides", "deciding", "downloads", "hub", "engine", "tier"),
+    },
 }
 
 

@@ -1,0 +1,536 @@
+"""``ModelHost``: the models that are loaded, and which of them may stay. Everything here runs on the event loop;
+planning, loading and freeing run in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+
+from tensortier import library
+from tensortier.errors import Cancelled, LoadError, ModelNotFound, OutOfMemory, TensortierError, UsageError
+from tensortier.library import LibraryModel
+from tensortier.server.planning import Decision
+from tensortier.types import Plan
+
+if TYPE_CHECKING:
+    from tensortier.engine import Engine
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_PLANS_AGAIN = 3  # after allocations that failed
+_PATIENCE_SECONDS = 5.0  # that running answers get before a model is replaced under them
+_RETRY_SECONDS = 5.0  # a load that failed is not tried again before
+_RESCAN_SECONDS = 2.0
+_STEPS = 200  # of progress that are told
+
+
+class Phase(StrEnum):
+    """``Loaded.phase``, in this order; "failed" ends it early."""
+
+    PLANNING = "planning"
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The state of one model that is loaded, or about to be."""
+
+    name: str
+    path: str
+    phase: Phase
+    fraction: float  # loaded, 0 to 1
+    error: str  # why it failed
+    plan: Plan | None  # None while planning
+    engine: Engine | None  # from "ready" on, until it is freed
+    users: int  # requests that hold it or wait for it
+
+
+@dataclass(frozen=True)
+class Lease:
+    """An engine that is not unloaded while the lease is held."""
+
+    name: str
+    engine: Engine
+
+
+class HostStopping(TensortierError):
+    """The server is about to end."""
+
+
+class ModelUnavailable(TensortierError):
+    """The model cannot be planned or loaded; the message says why."""
+
+
+class Planning(Protocol):
+    """Decides where a model goes; called in threads, one call at a time."""
+
+    def decide(self, path: str, held: Mapping[str, int]) -> Decision:
+        """``held``: bytes per device that models which stay loaded take."""
+
+    def less(self, decision: Decision, failure: OutOfMemory) -> Decision:
+        """After an allocation failed. Raises ``failure`` where nothing can be done."""
+
+
+MakeEngine = Callable[[Plan, Callable[[float], None], threading.Event], "Engine"]
+
+
+def make_engine(plan: Plan, progress: Callable[[float], None], cancel: threading.Event) -> Engine:
+    from tensortier.engine import Engine
+
+    return Engine(plan, progress=progress, cancel=cancel)
+
+
+class _Slot:
+    """One loading of one model. A model that is loaded again gets a new one."""
+
+    def __init__(self, model: LibraryModel, given: Plan | None) -> None:
+        self.model = model
+        self.given = given
+        self.phase = Phase.PLANNING
+        self.fraction = 0.0
+        self.error = ""
+        self.plan: Plan | None = given
+        self.engine: Engine | None = None
+        self.users = 0
+        self.used_at = time.monotonic()
+        self.stop = threading.Event()  # ends the loading
+
+    @property
+    def settled(self) -> bool:
+        return self.phase not in (Phase.PLANNING, Phase.LOADING)
+
+    def state(self) -> Loaded:
+        return Loaded(
+            self.model.name,
+            self.model.path,
+            self.phase,
+            self.fraction,
+            self.error,
+            self.plan,
+            self.engine,
+            self.users,
+        )
+
+
+class ModelHost:
+    """Owns the engines.
+
+    Models are loaded one at a time, in the order they were asked for. One that has to make room is the least recently
+    used; a model in use makes room only once its requests are answered, and those that come meanwhile wait for it to
+    be loaded again.
+
+    Args:
+        planning: decides where a model goes.
+        served: the model that requests without a name get: a name or a path.
+        given: the plan ``served`` is loaded with at first; None: ``planning`` decides.
+        parallel: sequences of each engine.
+        models_max: models that may be loaded at once.
+        idle_seconds: a model unused for so long is unloaded; None: never.
+        engine: makes an engine, in a thread.
+    """
+
+    def __init__(
+        self,
+        planning: Planning,
+        served: LibraryModel,
+        *,
+        given: Plan | None = None,
+        parallel: int = 1,
+        models_max: int = 1,
+        idle_seconds: float | None = None,
+        engine: MakeEngine = make_engine,
+        list_models: Callable[[], Sequence[LibraryModel]] = library.list_models,
+    ) -> None:
+        self.served = served
+        self.parallel = parallel
+        self._planning = planning
+        self._given = given
+        self._models_max = models_max
+        self._idle_seconds = idle_seconds
+        self._make_engine = engine
+        self._list_models = list_models
+        self._models: list[LibraryModel] = [served]
+        self._scanned_at = float("-inf")
+        self._scanning = asyncio.Lock()
+        self._slots: dict[str, _Slot] = {}  # by path, the newest of each model
+        self._leaving: list[_Slot] = []
+        self._switching = asyncio.Lock()  # one model is loaded at a time
+        self._change = asyncio.Event()  # set at a change, and then another one
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(4, "models")
+        self._stopping = False
+
+    # --- life
+
+    async def start(self) -> None:
+        """Begin to load the served model, in the background."""
+        self._begin(self.served, self._given)
+        if self._idle_seconds is not None:
+            self._spawn(self._unload_idle(self._idle_seconds))
+
+    def stop(self) -> None:
+        """From now on nobody gets an engine who does not have one, and loading ends."""
+        self._stopping = True
+        for slot in self._slots.values():
+            slot.stop.set()
+        self._notify()
+
+    async def close(self) -> None:
+        """End all that is going on, and free every model."""
+        self.stop()
+        slots = [*self._slots.values(), *self._leaving]
+        for slot in slots:
+            if slot.engine is not None:
+                slot.engine.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for slot in slots:
+            await self._free(slot)
+        self._slots.clear()
+        await asyncio.to_thread(self._threads.shutdown)
+        self._notify()
+
+    # --- what is there
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def models(self) -> list[LibraryModel]:
+        """The models on this machine, as of the last look; the one that is served among them. Names are unique."""
+        return list(self._models)
+
+    async def look(self) -> list[LibraryModel]:
+        """Look at the model folders again (at most every two seconds), and return ``models()``."""
+        async with self._scanning:
+            if time.monotonic() - self._scanned_at > _RESCAN_SECONDS:
+                found = await self._in_thread(self._list_models)
+                self._models = _unique([self.served, *(m for m in found if m.path != self.served.path)])
+                self._scanned_at = time.monotonic()
+        return self.models()
+
+    async def find(self, name: str | None) -> LibraryModel:
+        """The model of that name, with or without ``.gguf``, upper or lower case; None is the served one.
+
+        Only names of ``models()`` are known: a path or a URL is not looked at, whatever is there.
+
+        Raises:
+            ModelNotFound: no such name.
+            ModelUnavailable: there is a file of that name, and it cannot be read.
+        """
+        if name is None:
+            return self.served
+        found = _named(self._models, name) or _named(await self.look(), name)
+        if found is None:
+            raise ModelNotFound(
+                f"the model {name[:100]!r} does not exist: GET /v1/models lists those that do"
+            )
+        if found.error:
+            raise ModelUnavailable(f"the model {found.name} cannot be read: {found.error}")
+        return found
+
+    def state(self) -> tuple[Loaded, ...]:
+        """The models that are loaded or about to be, the served one first."""
+        slots = sorted(self._slots.values(), key=lambda s: s.model.path != self.served.path)
+        return tuple(slot.state() for slot in [*slots, *self._leaving])
+
+    def held(self, *, besides: str | None = None) -> dict[str, int]:
+        """Bytes per device that loaded models take, all but the model with the path ``besides``."""
+        return _held(s for s in self._slots.values() if s.model.path != besides)
+
+    async def changes(self) -> AsyncIterator[None]:
+        """Yields after each change of ``state()``; changes that come while nobody waits are told once. Ends when the
+        host is closed or stopped."""
+        while not self._stopping:
+            await self._change.wait()
+            yield
+
+    # --- use
+
+    @contextlib.asynccontextmanager
+    async def engine(self, name: str | None = None) -> AsyncIterator[Lease]:
+        """The engine of a model, which is loaded first where it is not.
+
+        Raises:
+            ModelNotFound, ModelUnavailable: as ``find``; the latter also where loading fails.
+            HostStopping: the server is about to end.
+        """
+        model = await self.find(name)
+        slot = await self._acquire(model)
+        try:
+            assert slot.engine is not None
+            yield Lease(model.name, slot.engine)
+        finally:
+            self._release(slot)
+
+    def load(self, model: str, plan: Plan | None = None) -> None:
+        """Begin to load a model of ``models()``, by this plan or by one that is made now. It becomes the served one.
+        An engine of it that is there already is replaced; answers under way have a few seconds to end.
+
+        Raises:
+            ModelNotFound: no such name.
+            HostStopping: the server is about to end.
+        """
+        found = _named(self._models, model)
+        if found is None:
+            raise ModelNotFound(f"the model {model[:100]!r} does not exist")
+        if plan is not None:
+            settings = replace(plan.settings, n_seq_max=self.parallel)
+            plan = replace(plan, model=found.path, settings=settings)
+        self.served = found
+        self._begin(found, plan)
+
+    async def _acquire(self, model: LibraryModel) -> _Slot:
+        while True:
+            slot = self._slots.get(model.path)
+            failed = slot is not None and slot.phase is Phase.FAILED
+            if slot is None or (failed and time.monotonic() - slot.used_at > _RETRY_SECONDS):
+                slot = self._begin(model, None)
+            slot.users += 1  # while waiting too: who has waited for a model finds it there
+            try:
+                while not slot.settled and not self._stopping:
+                    await self._change.wait()
+                if self._stopping:
+                    raise HostStopping("the server is about to end")
+                if slot.phase is Phase.FAILED and self._slots.get(model.path) is slot:
+                    raise ModelUnavailable(slot.error)
+            except BaseException:
+                self._release(slot)
+                raise
+            if slot.engine is not None:
+                return slot
+            self._release(slot)  # another loading has taken its place
+
+    def _release(self, slot: _Slot) -> None:
+        slot.users -= 1
+        if slot.phase is not Phase.FAILED:
+            slot.used_at = time.monotonic()
+        if slot.users == 0:
+            self._notify()
+
+    # --- loading
+
+    def _begin(self, model: LibraryModel, given: Plan | None) -> _Slot:
+        if self._stopping:
+            raise HostStopping("the server is about to end")
+        before = self._slots.get(model.path)
+        slot = self._slots[model.path] = _Slot(model, given)
+        if before is not None:
+            before.stop.set()
+            if before.engine is not None:
+                self._leave(before)
+        self._notify()
+        self._spawn(self._load(slot, before))
+        return slot
+
+    async def _load(self, slot: _Slot, before: _Slot | None) -> None:
+        async with self._switching:
+            try:
+                if before is not None and before.engine is not None:
+                    await self._unload(before, _PATIENCE_SECONDS)
+                await self._load_or_plan_again(slot)
+            except Cancelled:
+                self._fail(slot, "the loading was ended")
+            except TensortierError as exc:
+                self._fail(slot, str(exc))
+            except asyncio.CancelledError:
+                self._fail(slot, "the server is about to end")
+                raise
+            except Exception as exc:
+                self._fail(slot, f"{type(exc).__name__}: {exc} (this is a bug)")
+                raise
+
+    def _fail(self, slot: _Slot, reason: str) -> None:
+        slot.phase, slot.error, slot.used_at = Phase.FAILED, reason, time.monotonic()
+        self._notify()
+
+    async def _load_or_plan_again(self, slot: _Slot) -> None:
+        decision = await self._decide(slot)
+        for attempt in range(_PLANS_AGAIN + 1):
+            self._check(slot)
+            slot.phase, slot.plan, slot.fraction = Phase.LOADING, decision.plan, 0.0
+            self._notify()
+            try:
+                engine = await self._make(slot, decision.plan)
+            except OutOfMemory as exc:
+                slot.phase = Phase.PLANNING
+                others = self._others(slot)
+                if others:
+                    await self._unload(others[0])
+                    decision = await self._decide(slot)
+                elif slot.given is not None or attempt == _PLANS_AGAIN:
+                    raise
+                else:
+                    decision = await self._in_thread(self._planning.less, decision, exc)
+                continue
+            if slot.stop.is_set():
+                await self._in_thread(engine.close)
+                raise Cancelled("the loading was ended")
+            slot.engine, slot.fraction, slot.used_at = engine, 1.0, time.monotonic()
+            slot.phase = Phase.READY
+            self._notify()
+            return
+        raise LoadError(f"{slot.model.name} could not be loaded in {_PLANS_AGAIN} attempts")
+
+    async def _make(self, slot: _Slot, plan: Plan) -> Engine:
+        loop = asyncio.get_running_loop()
+
+        def tell(fraction: float) -> None:
+            slot.fraction = fraction
+            self._notify()
+
+        told = [-1]
+
+        def progress(fraction: float) -> None:
+            if int(fraction * _STEPS) > told[0]:
+                told[0] = int(fraction * _STEPS)
+                loop.call_soon_threadsafe(tell, fraction)
+
+        making = asyncio.ensure_future(self._in_thread(self._make_engine, plan, progress, slot.stop))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            slot.stop.set()  # the thread cannot be left behind with half an engine
+            with contextlib.suppress(TensortierError):
+                await self._in_thread((await making).close)
+            raise
+
+    async def _decide(self, slot: _Slot) -> Decision:
+        """Makes room, then plans with what is left."""
+        while True:
+            self._check(slot)
+            others = self._others(slot)
+            if len(others) >= self._models_max:
+                await self._unload(others[0])
+                continue
+            if slot.given is not None:
+                return Decision(slot.given)
+            try:
+                decision = await self._in_thread(self._planning.decide, slot.model.path, _held(others))
+            except UsageError:  # it cannot run in what the others leave
+                if not others:
+                    raise
+            else:
+                idle = [s for s in others if not s.users]
+                if not others or not (decision.spills or (decision.cramped and idle)):
+                    return decision
+            await self._unload(others[0])
+
+    def _others(self, slot: _Slot) -> list[_Slot]:
+        """Models beside this one, in the order in which they should make room."""
+        found = [s for s in self._slots.values() if s is not slot and s.engine is not None]
+        return sorted(found, key=lambda s: (s.users > 0, s.used_at))
+
+    def _check(self, slot: _Slot) -> None:
+        if slot.stop.is_set():
+            raise Cancelled("the loading was ended")
+
+    # --- unloading
+
+    def _leave(self, slot: _Slot) -> None:
+        """No new requests for it."""
+        if self._slots.get(slot.model.path) is slot:
+            del self._slots[slot.model.path]
+        slot.phase = Phase.UNLOADING
+        self._leaving.append(slot)
+        self._notify()
+
+    async def _unload(self, slot: _Slot, patience: float | None = None) -> None:
+        """Free a model once its requests are answered; they are cancelled after ``patience`` seconds."""
+        if slot not in self._leaving:
+            self._leave(slot)
+        deadline = None if patience is None else time.monotonic() + patience
+        while slot.users:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                deadline = time.monotonic() + 0.2  # again, for requests that begin this moment
+                if slot.engine is not None:
+                    slot.engine.cancel()
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._change.wait(), left)
+        await self._free(slot)
+
+    async def _free(self, slot: _Slot) -> None:
+        engine, slot.engine = slot.engine, None
+        if engine is not None:
+            await self._in_thread(engine.close)
+        if slot in self._leaving:
+            self._leaving.remove(slot)
+        self._notify()
+
+    async def _unload_idle(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(min(5.0, seconds / 4))
+            for slot in list(self._slots.values()):
+                idle = slot.engine is not None and not slot.users and slot.phase is Phase.READY
+                if idle and time.monotonic() - slot.used_at > seconds:
+                    await self._unload(slot)
+
+    # --- plumbing
+
+    def _notify(self) -> None:
+        event, self._change = self._change, asyncio.Event()
+        event.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _held(slots: Iterable[_Slot]) -> dict[str, int]:
+    held: dict[str, int] = {}
+    for slot in slots:
+        if slot.engine is not None and slot.plan is not None:
+            for row in slot.plan.memory:
+                held[row.device] = held.get(row.device, 0) + row.total_bytes
+    return held
+
+
+def _named(models: Sequence[LibraryModel], name: str) -> LibraryModel | None:
+    wanted = name.casefold().removesuffix(".gguf")
+    return next((m for m in models if m.name.casefold().removesuffix(".gguf") == wanted), None)
+
+
+def _unique(models: Sequence[LibraryModel]) -> list[LibraryModel]:
+    """Of models of one name the second is called "name@2", and so on."""
+    counts: dict[str, int] = {}
+    found = []
+    for model in models:
+        number = counts[model.name.casefold()] = counts.get(model.name.casefold(), 0) + 1
+        found.append(model if number == 1 else replace(model, name=f"{model.name}@{number}"))
+    return found
+
+
+def served_model(name_or_path: str) -> LibraryModel:
+    """What ``library.find`` finds, which need not be in a model folder. Raises ModelNotFound, ModelFileError."""
+    from tensortier import gguf
+
+    path = library.find(name_or_path)
+    for model in library.list_models():
+        if Path(model.path) == Path(path):
+            return model
+    info = gguf.read(path)
+    name = Path(path).name.removesuffix(".gguf")
+    return LibraryModel(
+        name, path, sum(info.file_sizes), info.architecture, info.quantization, "command line"
+    )

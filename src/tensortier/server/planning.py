@@ -1,0 +1,86 @@
+"""Where a model goes beside those that are loaded already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from tensortier import deciding
+from tensortier.deciding import Planned, Wish
+from tensortier.errors import OutOfMemory, UsageError
+from tensortier.types import Hardware, Plan, Settings
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, and whether more memory would make it better."""
+
+    plan: Plan
+    spills: bool = False  # weights are read from the drive while it runs
+    cramped: bool = False  # weights are in main memory that a GPU has no room for
+    planned: Planned | None = None  # None for a plan that somebody gave
+
+
+class Planner:
+    """Plans for models of this machine by one ``Wish``, in which the model and the budgets are replaced.
+
+    Args:
+        wish: settings, placement options and budgets that hold for all models.
+        machine: before anything was loaded.
+        measured, say: as for ``deciding.make_plan``.
+    """
+
+    def __init__(
+        self, wish: Wish, machine: Hardware, measured: deciding.Measurer, say: Callable[[str], None]
+    ) -> None:
+        self._wish = wish
+        self._machine = deciding.within_budget(machine, wish.vram, wish.ram)
+        self._measured = measured
+        self._say = say
+
+    @property
+    def settings(self) -> Settings:
+        return self._wish.settings
+
+    def decide(self, path: str, held: Mapping[str, int]) -> Decision:
+        """The plan for a model where loaded ones hold so many bytes of each device.
+
+        Raises: as ``deciding.make_plan``; UsageError also where nothing is left.
+        """
+        wish = replace(self._wish, model=path)
+        if held:
+            wish = self._beside(wish, held)
+        return _decision(deciding.make_plan(wish, self._measured, self._say))
+
+    def less(self, decision: Decision, failure: OutOfMemory) -> Decision:
+        """``deciding.plan_with_less``."""
+        if decision.planned is None or decision.planned.wish.manual.given:
+            raise failure
+        return _decision(deciding.plan_with_less(decision.planned, failure))
+
+    def _beside(self, wish: Wish, held: Mapping[str, int]) -> Wish:
+        from tensortier import placement
+
+        cards = placement.gpus(self._machine)
+        names = {card.name for card in cards}
+        ram = self._machine.ram_available
+        ram -= sum(size for name, size in held.items() if name not in names)
+        if ram < 1:
+            raise UsageError("the models that are loaded leave no main memory")
+        vram = tuple(max(0, card.memory_free - held.get(card.name, 0)) for card in cards)
+        return replace(wish, ram=ram, vram=vram)
+
+
+def _decision(planned: Planned) -> Decision:
+    from tensortier import placement
+
+    plan = planned.plan
+    in_ram = sum(row.total_bytes for row in plan.memory if row.device == "CPU")
+    mapped = plan.settings.load_mode.startswith("mmap") and in_ram > planned.hardware.ram_available
+    on_gpus = plan.placement.n_gpu_layers == -1 and not plan.placement.overrides
+    return Decision(
+        plan,
+        spills=plan.tier is not None or mapped,
+        cramped=bool(placement.gpus(planned.hardware)) and not on_gpus,
+        planned=planned,
+    )
