@@ -124,7 +124,7 @@ def make_plan(wish: Wish, measured: Measurer, say: Callable[[str], None]) -> Pla
         speeds: Rates | None = rates.from_catalogue(machine)
     else:
         speeds = _speeds_here(wish, model, machine, load, answers, measured, say)
-    plan = _place(wish, model, machine, load, speeds, answers)
+    plan = placed(wish, model, machine, load, speeds, answers)
     plan = replace(plan, model_id=planid.of_model(model), machine_id=planid.of_machine(machine))
     return Planned(wish, plan, model, machine, load, speeds, answers)
 
@@ -250,7 +250,7 @@ def plan_with_less(planned: Planned, failure: OutOfMemory) -> Planned:
         for d in planned.hardware.devices
     )
     machine = replace(planned.hardware, devices=devices)
-    plan = _place(planned.wish, planned.model, machine, planned.workload, planned.rates, planned.answers)
+    plan = placed(planned.wish, planned.model, machine, planned.workload, planned.rates, planned.answers)
     plan = replace(plan, model_id=planned.plan.model_id, machine_id=planned.plan.machine_id)
     return replace(planned, plan=plan, hardware=machine)
 
@@ -302,7 +302,7 @@ def _has_to_decide(
     return bool(place.n_gpu_layers != -1 or place.overrides)
 
 
-def _place(
+def placed(
     wish: Wish,
     model: ModelInfo,
     machine: Hardware,
@@ -310,6 +310,7 @@ def _place(
     speeds: Rates | None,
     answers: Answers | None,
 ) -> Plan:
+    """The plan for a machine as it is described. Without ``speeds`` it promises none. Raises as ``planner.plan``."""
     from tensortier import measuring, placement, planner
 
     settings, undecided = wish.settings, wish.undecided

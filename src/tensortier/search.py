@@ -82,6 +82,13 @@ class Search:
     def plan_of(self, option: Option) -> Plan:
         return dataclasses.replace(self.start, settings=option.settings, placement=option.placement)
 
+    def within(self, room: Mapping[str, int], *, ram: int | None = None) -> Search:
+        """The same search with other budgets; what was learned of the formulas stays."""
+        budget = dataclasses.replace(self.budget, room=room, ram=self.budget.ram if ram is None else ram)
+        other = Search(self.model, budget, self.start, self.workload, self.rates, self.choices)
+        other._more = self._more
+        return other
+
     def compare_with(self, exact: memory.Answers) -> None:
         """Asks one question of both, and keeps how far the formulas are off."""
         question = self.question(self.choices[0])
