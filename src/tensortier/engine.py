@@ -1,30 +1,31 @@
-"""``Engine``: a plan in, tokens out. Wraps ``llama_cpp.Llama`` for tokens, chat templates, tools and grammars."""
+"""``Engine``: a plan in, tokens out, for several requests at once."""
 
 from __future__ import annotations
 
-import json
+import math
+import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tensortier.errors import (
-    Cancelled,
-    ContextFull,
-    GenerationError,
-    LoadError,
-    ModelNotFound,
-    OutOfMemory,
-    PlanError,
-    TensortierError,
-    UsageError,
-)
-from tensortier.types import DeviceMemory, GenerationStats, Piece, Plan, Sampling
+from tensortier.errors import Cancelled, ContextFull, GenerationError, ModelNotFound, UsageError
+from tensortier.request import Request
+from tensortier.types import Activity, DeviceMemory, Embedding, Plan, Sampling
 
 if TYPE_CHECKING:
+    from tensortier._llama.loaded import Loaded
+    from tensortier._llama.params import Parameters
+    from tensortier.request import EmbeddingTask
     from tensortier.tier import PagedWeights
+    from tensortier.toolcalls import Parser
+
+__all__ = ["Activity", "DeviceReport", "Embedding", "Engine", "Request"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Engine:
             for piece in engine.chat([{"role": "user", "content": "Hello"}]):
                 print(piece.text, end="")
 
-    One request at a time; ``cancel`` may be called from any thread. Loading ends with ``Cancelled`` once
-    ``cancel`` (an event) is set.
+    ``plan.settings.n_seq_max`` requests are computed at once; further ones wait. All methods may be called from any
+    thread. Loading ends with ``Cancelled`` once ``cancel`` (an event) is set.
 
     Args:
         plan: what to load and where.
@@ -69,38 +70,49 @@ class Engine:
     ) -> None:
         from tensortier._llama import devices, log, memory
         from tensortier._llama.params import Parameters
+        from tensortier.prompts import ChatTemplate
+        from tensortier.scheduler import Scheduler
 
-        if plan.settings.n_seq_max != 1:
-            raise PlanError("this engine computes one sequence at a time: settings.n_seq_max must be 1")
         self.plan = plan
-        self.stats = GenerationStats()
         self._closed = False
-        self._busy = threading.Lock()  # held for a whole request
-        self._computing = threading.Lock()  # held while llama.cpp works on it: close() waits for this one
-        self._cancelled = threading.Event()
-        self._cancel_lock = threading.Lock()  # the event and llama.cpp's flag change together
+        self._using = threading.RLock()  # held while a caller's thread uses the model: it is not freed then
         log.set_verbose(verbose)
         devices.load_modules(plan.rpc)
         started = time.perf_counter()
         self._paged = self._open_paged()
         try:
             self._parameters = Parameters(plan, self._paged.buffer_type if self._paged else None)
-            self._llama = self._load(progress, cancel or threading.Event())
+            self._loaded = self._load(progress, cancel or threading.Event())
         except BaseException:
             if self._paged:
                 self._paged.close()
             raise
         self.load_seconds = time.perf_counter() - started
         try:
-            self.n_ctx: int = self._llama.n_ctx()
+            loaded = self._loaded
+            self.n_ctx: int = loaded.n_ctx
             planned = {row.device: row for row in plan.memory}
             self.memory: tuple[DeviceReport, ...] = tuple(
                 DeviceReport(row.device, planned.get(row.device), self._held(row))
-                for row in memory.allocated(self._llama.ctx)
+                for row in memory.allocated(loaded.context)
+            )
+            self._template = ChatTemplate(
+                loaded.template(),
+                loaded.template("tool_use"),
+                loaded.token_text(loaded.bos),
+                loaded.token_text(loaded.eos),
+            )
+            self._scheduler = Scheduler(
+                loaded,
+                abort=self._parameters.abort,
+                take_error=self._paged.take_error if self._paged else str,
+                at_end=partial(_free, self._using, loaded, self._paged, self._parameters),
             )
         except BaseException:
-            self.close()  # nobody else will
+            _free(self._using, self._loaded, self._paged, self._parameters)
             raise
+        # its thread does not keep the engine alive; an engine that nobody closed is closed when it is dropped
+        self._release = weakref.finalize(self, self._scheduler.close)
 
     def _open_paged(self) -> PagedWeights | None:
         """The store of the weights that the plan leaves on the drive, if it leaves any."""
@@ -126,216 +138,158 @@ class Engine:
         if not Path(self.plan.model).is_file():
             raise ModelNotFound(f"there is no file {self.plan.model}")
 
-    def _load(self, progress: Callable[[float], None] | None, cancel: threading.Event) -> Any:
-        from jinja2 import TemplateError
-
-        from tensortier._llama import log
-        from tensortier._llama.metered import MeteredLlama
-        from tensortier._llama.params import given_to_llama
+    def _load(self, progress: Callable[[float], None] | None, cancel: threading.Event) -> Loaded:
+        from tensortier._llama.loaded import Loaded
 
         self._check_file()
 
-        raised: list[BaseException] = []  # by ``progress``: an exception cannot pass through llama.cpp
-
-        def on_progress(fraction: float) -> bool:
-            try:
-                if progress is not None:
-                    progress(fraction)
-            except BaseException as exc:
-                raised.append(exc)
-            return not raised and not cancel.is_set()
-
-        def edit_model(params: Any) -> None:
-            self._parameters.edit_model(params)
-            self._parameters.on_progress(params, on_progress)
-
-        def edit_context(params: Any) -> None:
+        def before_context() -> None:
             if self._paged:
                 self._paged.loaded()
-            self._parameters.edit_context(params)
 
-        record = log.Recording()
-        try:
-            with given_to_llama(edit_model, edit_context):
-                llama = MeteredLlama(
-                    self.plan.model,
-                    n_ctx=self.plan.settings.n_ctx,
-                    n_batch=self.plan.settings.n_batch,
-                    verbose=False,
-                )
-        except TemplateError as exc:
-            raise LoadError(f"the chat template of {self.plan.model} is not valid: {exc}") from exc
-        except (ValueError, RuntimeError, AssertionError, MemoryError) as exc:
-            if raised:
-                raise raised[0] from None
-            if cancel.is_set():
-                raise Cancelled("loading was cancelled") from exc
-            reason = record.reason(str(exc))
-            if record.out_of_memory or isinstance(exc, MemoryError):
-                raise OutOfMemory(f"not enough memory for {self.plan.model}: {reason}") from exc
-            raise LoadError(f"llama.cpp does not load {self.plan.model}: {reason}") from exc
+        loaded = Loaded(
+            self.plan,
+            self._parameters,
+            progress=progress,
+            cancelled=cancel.is_set,
+            before_context=before_context,
+        )
         if cancel.is_set():
-            llama.close()
+            loaded.close()
             raise Cancelled("loading was cancelled")
-        return llama
+        return loaded
 
     # --- requests
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
-        """Token ids of a text."""
-        tokens: list[int] = self._llama.tokenize(text.encode(), add_bos, special)
-        return tokens
+        """Token ids of a text. ``add_bos``: with the beginning and end tokens that the model wants; ``special``: the
+        names of control tokens in it mean those."""
+        with self._open() as loaded:
+            return loaded.tokenize(text, add_special=add_bos, parse_special=special)
 
     def chat(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[Mapping[str, Any]],
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         *,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Any = None,
-        response_format: dict[str, Any] | None = None,
-    ) -> Iterator[Piece]:
-        """Streams the answer to a conversation (OpenAI's message format) through the model's chat template.
+        response_format: Mapping[str, Any] | None = None,
+    ) -> Request:
+        """The answer to a conversation (OpenAI's message format) through the model's chat template.
 
         ``response_format``: {"type": "json_object"} with or without "schema", or {"type": "json_schema"}.
 
         Raises:
-            UsageError: the grammar, the schema, the tools or the messages cannot be used.
+            UsageError: the sampling, the grammar, the schema, the tools or the messages cannot be used.
             ContextFull: the conversation does not fit in the context.
-            Cancelled: ``cancel`` was called; ``stats`` and the pieces so far stand.
-            GenerationError: llama.cpp failed.
+            GenerationError: the engine is closed.
         """
-        options = self._options(sampling)
-        if tools is not None:
-            options["tools"] = list(tools)
-        if tool_choice is not None:
-            options["tool_choice"] = tool_choice
-        if response_format is not None:
-            options |= self._format(response_format)
-        return self._stream(
-            lambda: self._llama.create_chat_completion(messages=list(messages), stream=True, **options)
+        if (
+            response_format is not None
+            and sampling.grammar is not None
+            and response_format.get("type") != "text"
+        ):
+            raise UsageError("a grammar and a response_format exclude each other")
+        prompt = self._template.prompt(
+            messages, tools=tools, tool_choice=tool_choice, response_format=response_format
         )
+        if prompt.grammar is not None:
+            sampling = replace(sampling, grammar=prompt.grammar)
+        sampling = replace(sampling, stop=(*sampling.stop, *prompt.stops))
+        with self._open() as loaded:
+            tokens = loaded.tokenize(prompt.text, add_special=False, parse_special=True)
+            return self._start(loaded, tokens, sampling, prompt.parser)
 
-    def complete(self, prompt: str, sampling: Sampling = Sampling()) -> Iterator[Piece]:  # noqa: B008 - frozen
-        """Streams the continuation of a text, without a chat template. Raises as ``chat``."""
-        options = self._options(sampling)
-        options["max_tokens"] = options["max_tokens"] or -1
-        return self._stream(lambda: self._llama.create_completion(prompt, stream=True, **options))
+    def complete(self, prompt: str | Sequence[int], sampling: Sampling = Sampling()) -> Request:  # noqa: B008
+        """The continuation of a text, or of tokens, without a chat template. Raises as ``chat``."""
+        with self._open() as loaded:
+            return self._start(loaded, _tokens(loaded, prompt), sampling, None)
+
+    def embed(self, inputs: Sequence[str | Sequence[int]]) -> list[Embedding]:
+        """The vector of each text, pooled as the model says, else the mean over its tokens. Blocks.
+
+        Raises:
+            UsageError: an input is empty, or this model makes no embeddings.
+            ContextFull: an input is too long.
+            Cancelled, GenerationError: as for ``chat``.
+        """
+        with self._open() as loaded:
+            tasks = [self._embedding_task(loaded, text) for text in inputs]
+        requests = []
+        for task in tasks:
+            self._scheduler.submit(task)
+            requests.append(Request(self._scheduler, task))
+        for request in requests:
+            for _ in request:
+                pass
+        return [task.result() for task in tasks]
 
     def cancel(self) -> None:
-        """Has the request under way raise ``Cancelled`` soon, also in the middle of a long prompt. Without one
-        it does nothing."""
-        with self._cancel_lock:
-            self._cancelled.set()
-            self._parameters.abort(True)
+        """Has all requests end with ``Cancelled`` soon, also in the middle of a long prompt. Without one it does
+        nothing."""
+        self._scheduler.cancel_all()
 
-    def _options(self, sampling: Sampling) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "typical_p": sampling.typical_p,
-            "repeat_penalty": sampling.repeat_penalty,
-            "frequency_penalty": sampling.frequency_penalty,
-            "presence_penalty": sampling.presence_penalty,
-            "seed": sampling.seed,
-            "max_tokens": sampling.max_tokens if sampling.max_tokens > 0 else None,
-            "stop": list(sampling.stop),
-        }
-        if sampling.grammar is not None:
-            options["grammar"] = self._grammar(sampling.grammar, "the grammar is not valid GBNF")
-        return options
+    def activity(self) -> Activity:
+        """What the engine does at the moment. Cheap, from any thread."""
+        return self._scheduler.activity()
 
-    def _grammar(self, text: str, complaint: str) -> Any:
-        from llama_cpp import LlamaGrammar
+    def _start(
+        self, loaded: Loaded, tokens: list[int], sampling: Sampling, parser: Callable[[], Parser] | None
+    ) -> Request:
+        from tensortier._llama.sampling import Sampler
+        from tensortier.request import Generation
+        from tensortier.textstream import TextStream
 
-        with self._computing:
-            self._check_open()
-            try:
-                self._llama.check_grammar(text)
-            except ValueError as exc:
-                raise UsageError(f"{complaint}: {exc}") from exc
-        return LlamaGrammar.from_string(text, verbose=False)
+        _check_sampling(sampling, loaded.n_vocab)
+        if not loaded.generates:
+            raise UsageError("this model makes embeddings, not text")
+        self._check_length(tokens)
+        room = loaded.n_ctx - len(tokens)
+        seed = sampling.seed if sampling.seed is not None else random.getrandbits(32)
+        task = Generation(
+            tokens,
+            Sampler(loaded, sampling, seed % (1 << 32)),
+            TextStream(sampling.stop),
+            limit=room if sampling.max_tokens <= 0 else min(sampling.max_tokens, room),
+            logprobs=sampling.logprobs,
+            parser=None if parser is None else parser(),
+            special=frozenset() if parser is None else _markers(loaded),
+        )
+        self._scheduler.submit(task)
+        return Request(self._scheduler, task)
 
-    def _format(self, response_format: dict[str, Any]) -> dict[str, Any]:
-        """OpenAI's ``response_format`` as an option of the bindings. Those know no "json_schema", and take a
-        schema they cannot translate for "any JSON" without a word."""
-        from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
+    def _check_length(self, tokens: list[int]) -> None:
+        if not tokens:
+            raise UsageError("the prompt is empty")
+        if len(tokens) >= self.n_ctx:
+            raise ContextFull(
+                f"the prompt's {len(tokens)} tokens do not fit in the context of {self.n_ctx}; "
+                "raise --context or shorten the prompt"
+            )
 
-        kind = response_format.get("type")
-        if kind == "text":
-            return {}
-        if kind == "json_schema":
-            schema = (response_format.get("json_schema") or {}).get("schema")
-            if schema is None:
-                raise UsageError('response_format "json_schema" needs json_schema.schema')
-        elif kind == "json_object":
-            schema = response_format.get("schema")
-        else:
-            raise UsageError(f'response_format is "text", "json_object" or "json_schema", not {kind!r}')
-        if schema is None:
-            return {"grammar": self._grammar(JSON_GBNF, "llama.cpp does not take its JSON grammar")}
-        complaint = "the JSON schema of response_format cannot be used"
-        try:
-            text = json_schema_to_gbnf(json.dumps(schema))
-        except Exception as exc:  # the translator asserts, looks up and casts what it was given
-            raise UsageError(f"{complaint}: {exc or type(exc).__name__}") from exc
-        return {"grammar": self._grammar(text, complaint)}
+    def _embedding_task(self, loaded: Loaded, text: str | Sequence[int]) -> EmbeddingTask:
+        from tensortier._llama.loaded import POOLING_NONE, POOLING_RANK
+        from tensortier.request import EmbeddingTask
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise GenerationError("the engine is closed")
+        if loaded.pooling == POOLING_RANK:
+            raise UsageError("this model ranks texts, it makes no embeddings")
+        tokens = _tokens(loaded, text)
+        self._check_length(tokens)
+        if loaded.pooling != POOLING_NONE and len(tokens) > loaded.n_ubatch:
+            raise ContextFull(
+                f"the input's {len(tokens)} tokens do not fit in a micro-batch of {loaded.n_ubatch}, "
+                "which this model needs them to"
+            )
+        return EmbeddingTask(tokens, mean=loaded.pooling == POOLING_NONE)
 
-    def _stream(self, start: Callable[[], Any]) -> Iterator[Piece]:
-        self._check_open()
-        if not self._busy.acquire(blocking=False):
-            raise GenerationError("the engine is busy with another request")
-        reason: str | None = None
-        chunks: Iterator[Any] | None = None
-        meter = self._llama.start_meter()
-        try:
-            with self._cancel_lock:
-                self._cancelled.clear()
-                self._parameters.abort(False)
-            while True:
-                with self._computing:
-                    self._check_open()
-                    try:
-                        if chunks is None:
-                            chunks = _begin(start)
-                        chunk = next(chunks, None)
-                    except BaseException:
-                        self._llama.forget_interrupted()
-                        raise
-                if chunk is None:
-                    return
-                piece = _piece(chunk)
-                reason = piece.finish_reason or reason
-                if piece.text or piece.delta or piece.finish_reason:
-                    yield piece
-                if self._cancelled.is_set():
-                    raise Cancelled("the answer was cancelled")
-        except TensortierError:
-            raise
-        except (RuntimeError, ValueError) as exc:
-            raise self._translate(exc) from exc
-        finally:
-            self.stats = meter.stats(reason)
-            self._parameters.abort(False)
-            self._busy.release()
-
-    def _translate(self, exc: Exception) -> TensortierError:
-        text = str(exc)
-        if self._cancelled.is_set():
-            return Cancelled("the answer was cancelled")
-        if self._paged and (reason := self._paged.take_error()):
-            return GenerationError(reason)
-        if "exceed context window" in text:
-            return ContextFull(f"{text[0].lower()}{text[1:]}; raise --context or shorten the prompt")
-        if "llama_decode returned 1" in text:
-            return ContextFull("the KV cache is full; raise --context or shorten the conversation")
-        return GenerationError(f"llama.cpp failed while it computed: {text}")
+    @contextmanager
+    def _open(self) -> Iterator[Loaded]:
+        """The model, which stays while this lasts. Raises GenerationError when it is gone."""
+        with self._using:
+            if self._closed or self._loaded.model is None:
+                raise GenerationError("the engine is closed")
+            yield self._loaded
 
     @property
     def paged(self) -> PagedWeights | None:
@@ -345,14 +299,9 @@ class Engine:
     # --- life
 
     def close(self) -> None:
-        """Frees the model and everything it holds. Closing twice is fine. A request under way raises
-        ``Cancelled``; in another thread, this waits until llama.cpp has let go of it."""
+        """Ends all requests with ``Cancelled`` and frees the model and everything it holds. Closing twice is fine."""
         self._closed = True
-        self.cancel()
-        with self._computing:
-            self._llama.close()
-            if self._paged:
-                self._paged.close()
+        self._release()
 
     def __enter__(self) -> Engine:
         return self
@@ -363,21 +312,57 @@ class Engine:
         self.close()
 
 
-def _begin(start: Callable[[], Any]) -> Iterator[Any]:
-    """Renders the chat template and prepares the request; nothing is computed yet, so what fails is the request:
-    templates raise errors of their own, and the bindings look up and index what they were given unchecked."""
-    from jinja2 import TemplateError
-
-    try:
-        return iter(start())
-    except (TemplateError, ValueError, LookupError, TypeError) as exc:
-        raise UsageError(f"this request cannot be used: {exc!s:.200}") from exc
+def _free(using: threading.RLock, loaded: Loaded, paged: PagedWeights | None, parameters: Parameters) -> None:
+    """``parameters``: llama.cpp reads its abort flag to the last."""
+    with using:
+        loaded.close()
+    if paged:
+        paged.close()
+    del parameters
 
 
-def _piece(chunk: dict[str, Any]) -> Piece:
-    choice = chunk["choices"][0]
-    if "text" in choice:
-        return Piece(choice["text"], choice.get("finish_reason"))
-    delta = choice.get("delta") or {}
-    extra = {k: v for k, v in delta.items() if k not in ("content", "role")}
-    return Piece(delta.get("content") or "", choice.get("finish_reason"), extra or None)
+def _tokens(loaded: Loaded, prompt: str | Sequence[int]) -> list[int]:
+    """Those of a prompt that is no conversation: with the beginning that the model wants. UsageError."""
+    if isinstance(prompt, str):
+        tokens = loaded.tokenize(prompt, add_special=True, parse_special=True)
+    else:
+        tokens = list(prompt)
+        if any(not isinstance(t, int) or not 0 <= t < loaded.n_vocab for t in tokens):
+            raise UsageError(f"the prompt's tokens must be numbers from 0 to {loaded.n_vocab - 1}")
+    if not tokens and loaded.bos >= 0:
+        tokens = [loaded.bos]
+    return tokens
+
+
+def _markers(loaded: Loaded) -> frozenset[int]:
+    """Control tokens that begin or end a call of a tool."""
+    from tensortier.toolcalls import MARKERS
+
+    found = (loaded.tokenize(name, add_special=False, parse_special=True) for name in MARKERS)
+    return frozenset(tokens[0] for tokens in found if len(tokens) == 1)
+
+
+# (field, least, most): llama.cpp takes any number, and some make no sense or end the process
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("temperature", -1.0, 100.0),  # below 0: by the model's own probabilities
+    ("top_k", -(1 << 30), 1 << 30),  # below 1: all
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("typical_p", 0.0, 1.0),
+    ("repeat_penalty", 1e-3, 1e3),
+    ("frequency_penalty", -1e3, 1e3),
+    ("presence_penalty", -1e3, 1e3),
+)
+
+
+def _check_sampling(sampling: Sampling, n_vocab: int) -> None:
+    """UsageError for what cannot be meant."""
+    for field, least, most in _RANGES:
+        value = getattr(sampling, field)
+        if not least <= value <= most:  # false for NaN
+            raise UsageError(f"{field} must be from {least:g} to {most:g}, not {value}")
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= 20:
+        raise UsageError(f"logprobs must be from 0 to 20, not {sampling.logprobs}")
+    for token, bias in sampling.logit_bias:
+        if not 0 <= token < n_vocab or not math.isfinite(bias):
+            raise UsageError(f"logit_bias: token {token} must be from 0 to {n_vocab - 1}, and {bias} finite")

@@ -317,6 +317,18 @@ class Sampling:
     max_tokens: int = -1  # -1: until the model stops or the context is full
     stop: tuple[str, ...] = ()
     grammar: str | None = None  # GBNF
+    logprobs: int | None = None  # None: none; else those of the tokens, and of so many alternatives (0 to 20)
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token, what is added to its logit
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How probable a token was, by the model alone: natural logarithms, before any sampler."""
+
+    token_id: int
+    token_bytes: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...] = ()  # the most probable: id, bytes, logprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +338,28 @@ class Piece:
     text: str
     finish_reason: str | None = None  # "stop", "length", "tool_calls"; None while it goes on
     delta: Mapping[str, Any] | None = None  # the OpenAI delta, for tool calls
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the text's tokens, where they were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The vector of a text, as the model gives it (not normalised)."""
+
+    vector: tuple[float, ...]
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What an engine does at the moment."""
+
+    active: int  # requests that have a sequence
+    waiting: int  # requests that wait for one
+    prompt_tokens_total: int  # computed since the model was loaded
+    completion_tokens_total: int
+    decode_tokens_per_second: float  # of all requests together, over the last second
+    kv_used_cells: int  # kept prefixes of earlier requests included
+    n_ctx: int
 
 
 @dataclass(frozen=True)

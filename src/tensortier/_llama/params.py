@@ -1,11 +1,9 @@
-"""A ``Plan`` in llama.cpp's parameter structures, and the seam that hands them to ``llama_cpp.Llama``."""
+"""A ``Plan`` in llama.cpp's parameter structures."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from tensortier._llama import devices
@@ -54,6 +52,9 @@ def _check_ranges(settings: Settings) -> None:
         value = getattr(settings, field)
         if not least <= value <= most:
             raise PlanError(f"settings.{field} must be from {least} to {most}, not {value}")
+    if settings.n_seq_max > settings.n_batch or settings.n_seq_max > (settings.n_ctx or settings.n_seq_max):
+        # llama.cpp makes room for one output per sequence in a batch, and asserts that it fits
+        raise PlanError("settings.n_seq_max must not be larger than settings.n_batch and settings.n_ctx")
 
 
 def _paged_type(paged: int | None) -> int:
@@ -134,6 +135,7 @@ class Parameters:
         params.n_batch = min(params.n_ctx, settings.n_batch)
         params.n_ubatch = min(params.n_batch, settings.n_ubatch)
         params.n_seq_max = settings.n_seq_max
+        params.kv_unified = settings.n_seq_max > 1  # all sequences share the cells; each may use all of them
         params.n_threads = threads_for(settings.threads)
         params.n_threads_batch = threads_for(settings.threads_batch or settings.threads)
         params.type_k, params.type_v = self._type_k, self._type_v
@@ -152,43 +154,3 @@ class Parameters:
     def abort(self, on: bool) -> None:
         """Makes llama.cpp give up the computation under way and refuse further ones, until called with False."""
         native().tt_set_flag(ctypes.addressof(self._flag), 1 if on else 0)
-
-
-_seam = threading.Lock()
-
-
-@contextlib.contextmanager
-def given_to_llama(edit_model: Callable[[Any], None], edit_context: Callable[[Any], None]) -> Iterator[None]:
-    """While it lasts, a ``llama_cpp.Llama`` made in this process loads with the edited parameters.
-
-    The class sets only some fields of llama.cpp's parameters and offers no way to reach the others, so the two
-    functions it loads with are wrapped for the time of one construction. It also sends the process's standard
-    error to nowhere while it loads; that is switched off, for our log handler already keeps the messages.
-    """
-    import llama_cpp._internals as internals
-
-    bindings = llama()
-    with _seam:
-        load, init, suppress = (
-            bindings.llama_model_load_from_file,
-            bindings.llama_init_from_model,
-            internals.suppress_stdout_stderr,
-        )
-
-        def load_edited(path: bytes, params: Any) -> Any:
-            edit_model(params)
-            return load(path, params)
-
-        def init_edited(model: Any, params: Any) -> Any:
-            edit_context(params)
-            return init(model, params)
-
-        bindings.llama_model_load_from_file = load_edited
-        bindings.llama_init_from_model = init_edited
-        internals.suppress_stdout_stderr = lambda disable=True: contextlib.nullcontext()
-        try:
-            yield
-        finally:
-            bindings.llama_model_load_from_file = load
-            bindings.llama_init_from_model = init
-            internals.suppress_stdout_stderr = suppress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,10 @@ from tensortier.cli.common import note
 from tensortier.cli.worker import EngineThread
 from tensortier.errors import Cancelled
 from tensortier.explain import readable_size
-from tensortier.types import GenerationStats, Piece, Plan
+from tensortier.types import GenerationStats, Plan
 
 if TYPE_CHECKING:
-    from tensortier.engine import Engine
+    from tensortier.engine import Engine, Request
 
 CANCELLED = "cancelled"  # the finish_reason of an answer that Ctrl-C ended
 
@@ -38,17 +38,25 @@ class Answer:
         return self.finish_reason == CANCELLED
 
 
-def stream_answer(
-    engine: Engine, worker: EngineThread, request: Callable[[], Iterable[Piece]], *, show: bool
-) -> Answer:
-    """Run ``request`` (a call of the engine) in ``worker`` and gather its text; with ``show`` write it to
-    standard output as it comes, ended by a newline. Ctrl-C keeps what there is."""
+def stream_answer(worker: EngineThread, ask: Callable[[], Request], *, show: bool) -> Answer:
+    """Make the request that ``ask`` makes and gather its text; with ``show`` write it to standard output as it comes,
+    ended by a newline. Ctrl-C keeps what there is."""
     parts: list[str] = []
     reason: str | None = None
     last = "\n"
     terminal = show and sys.stdout.isatty()
+    made: list[Request] = []
+
+    def start() -> Request:
+        made.append(ask())
+        return made[0]
+
+    def cancel() -> None:
+        for request in made:
+            request.cancel()
+
     try:
-        for piece in worker.stream(request, engine.cancel):
+        for piece in worker.stream(start, cancel):
             parts.append(piece.text)
             reason = piece.finish_reason or reason
             shown = piece.text.translate(_CONTROLS) if terminal else piece.text
@@ -61,7 +69,7 @@ def stream_answer(
     if show and not last.endswith("\n"):
         sys.stdout.write("\n")
         sys.stdout.flush()
-    stats = engine.stats
+    stats = made[0].stats
     return Answer("".join(parts), reason or stats.finish_reason, stats)
 
 

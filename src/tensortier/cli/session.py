@@ -195,7 +195,7 @@ def _one_shot(engine: Engine, worker: EngineThread, plan: Plan, request: Request
         messages = Conversation(request.wish.model, request.system).messages
         messages.append({"role": "user", "content": prompt})
         ask = partial(engine.chat, messages, request.sampling)
-    answer = stream_answer(engine, worker, ask, show=not request.json)
+    answer = stream_answer(worker, ask, show=not request.json)
     if request.json:
         print(answer_json(engine, plan, answer))
     if not request.quiet:
@@ -212,7 +212,7 @@ def _chat(engine: Engine, worker: EngineThread, request: Request) -> None:
         nonlocal latest
         # a copy: the engine may keep what it is given, the conversation goes on
         ask = partial(engine.chat, list(messages), request.sampling)
-        latest = stream_answer(engine, worker, ask, show=True)
+        latest = stream_answer(worker, ask, show=True)
         if not request.quiet:
             note(speed_line(latest.stats) + ("; interrupted" if latest.cancelled else ""))
         return Reply(latest.text, latest.cancelled)

@@ -19,10 +19,10 @@ from tensortier.cli.common import note, print_json, progress_bar
 from tensortier.cli.worker import EXIT_INTERRUPTED, EngineThread
 from tensortier.errors import Cancelled, UsageError
 from tensortier.explain import readable_size
-from tensortier.types import DeviceMemory, ModelInfo, Piece, Plan, Sampling, Settings
+from tensortier.types import DeviceMemory, ModelInfo, Plan, Sampling, Settings
 
 if TYPE_CHECKING:
-    from tensortier.engine import Engine
+    from tensortier.engine import Engine, Request
     from tensortier.routing import Trace
 
 _SETTINGS = Settings()
@@ -197,10 +197,10 @@ def experts_on_the_drive(
     Raises:
         UsageError: that is too little for what is not on the drive.
     """
-    from tensortier import paging
+    from tensortier import budget, paging
 
     start = Plan(model.path, settings=replace(settings, load_mode="none"))
-    plan = paging.on_the_drive(model, start, rows, ram, {})
+    plan = paging.on_the_drive(model, start, rows, ram - budget.process_bytes(model, settings), {})
     if plan is None or plan.tier is None:
         raise UsageError(
             f"{readable_size(ram)} of RAM are too little for this model, even with its experts on the drive"
@@ -234,23 +234,21 @@ def _folder_beside(output: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _request(
-    engine: Engine, question: str, sampling: Sampling, *, raw: bool
-) -> Callable[[], Iterator[Piece]]:
+def _request(engine: Engine, question: str, sampling: Sampling, *, raw: bool) -> Callable[[], Request]:
     if raw:
         return lambda: engine.complete(question, sampling)
     return lambda: engine.chat([{"role": "user", "content": question}], sampling)
 
 
 def _record(
-    engine: Engine, worker: EngineThread, request: Callable[[], Iterator[Piece]], records: Path
+    engine: Engine, worker: EngineThread, request: Callable[[], Request], records: Path
 ) -> tuple[int, int]:
     """Tokens of the prompt and of the answer; their routing is in ``records`` then."""
     paged = engine.paged
     assert paged is not None  # the plan has experts on the drive
     worker.call(lambda: paged.trace(records), lambda: None)
     try:
-        answer = stream_answer(engine, worker, request, show=False)
+        answer = stream_answer(worker, request, show=False)
     finally:
         worker.call(lambda: paged.trace(None), lambda: None)
     if answer.cancelled:
