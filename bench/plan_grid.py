@@ -82,11 +82,11 @@ def compare(
 def _fit_seconds(model: ModelInfo, hardware: Hardware, load: Workload, made: Plan | None) -> float | None:
     """Worked out apart from the planner: the emulation, the formulas and the time model only."""
     speeds = rates.from_catalogue(hardware)
-    budget = budget_of(hardware, speeds)
-    answers = memory.Formulas(model, budget.free, budget.helpers)
     settings = Settings(
         n_ctx=planner.context_for(model, load), threads=hardware.performance_cores, flash_attention="on"
     )
+    budget = budget_of(hardware, speeds, model, settings)
+    answers = memory.Formulas(model, budget.free, budget.helpers)
     tried = [settings] if made is None else [settings, dataclasses.replace(made.settings, load_mode="auto")]
     found = []
     for one in tried:

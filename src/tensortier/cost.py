@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tensortier import formulas, placement
+from tensortier.pageable import DEVICE
 from tensortier.rates import AttentionSpeed, DeviceRates, Rates, Speed
 from tensortier.types import Estimate, ModelInfo, Plan, Role, Settings, Tensor, Workload
 
@@ -127,7 +128,7 @@ class Costs:
         kv_on_device: bool = True,
     ) -> None:
         self.model = model
-        self.rates = rates
+        self.rates = rates.kernels(repack=settings.repack)
         self.settings = settings
         self.workload = workload
         self.kv_on_device = kv_on_device
@@ -324,7 +325,7 @@ class Costs:
     ) -> Spent:
         """Handing ``tokens`` rows of ``width`` f32 values from one device to another. By way of main memory."""
         seconds = slack = 0.0
-        for end in {a, b} - {CPU}:
+        for end in {a, b} - {CPU, DEVICE}:
             rates = self.rates.of(end)
             link = rates.link or rates.memory
             copy = tokens * width * _F32_BYTES / link.value

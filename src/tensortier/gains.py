@@ -30,7 +30,7 @@ def gains(
 ) -> tuple[Gain, ...]:
     """For the settings of ``plan``: more memory of each device, and of RAM where weights are paged from the drive;
     faster links and faster RAM where the plan uses them. Bytes are by formula."""
-    budget = budget_of(hardware, rates)
+    budget = budget_of(hardware, rates, model, plan.settings)
     now = _best(model, budget, plan, workload, rates)
     if now is None or not budget.room:
         return ()

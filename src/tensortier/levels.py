@@ -1,16 +1,27 @@
-"""The offload slider as a table: a share of the model on the GPU, by whole layers and by single tensors."""
+"""The offload slider as a table: a share of the model on the GPU, by whole layers and by single tensors; or where there
+is no GPU, a share of it in RAM while the rest is read from the drive."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
-from tensortier import cost, optimizer, placement
-from tensortier.budget import budget_of
+from tensortier import cost, memory, optimizer, paging, placement
+from tensortier.budget import PROCESS, budget_of
 from tensortier.candidates import Question
 from tensortier.rates import Rates
 from tensortier.search import Option, Search
-from tensortier.types import DeviceMemory, Estimate, Hardware, ModelInfo, Placement, Plan, Settings, Workload
+from tensortier.types import (
+    DeviceMemory,
+    Estimate,
+    Hardware,
+    ModelInfo,
+    Placement,
+    Plan,
+    Settings,
+    Tier,
+    Workload,
+)
 
 SHARES = tuple(n / 10 for n in range(11))
 
@@ -33,6 +44,81 @@ class Level:
     by_tensors: Side  # the fastest placement in the same bytes of each device
 
 
+@dataclasses.dataclass(frozen=True)
+class RamLevel:
+    """A budget of main memory, and the best that can be done with it on the CPU."""
+
+    share: float  # of the bytes of weights that the budget has room for, or the least that is possible
+    ram: int  # bytes of the whole process, that is of ``memory``
+    memory: tuple[DeviceMemory, ...]  # rows "CPU", "TIER" where something is on the drive, and "process"
+    drive_bytes: int  # of weights that RAM does not hold
+    placement: Placement
+    settings: Settings
+    tier: Tier | None  # None: everything is in RAM
+    estimate: Estimate
+    fits: bool  # in what is available here
+
+
+def ram_levels(
+    model: ModelInfo,
+    hardware: Hardware,
+    settings: Settings,
+    *,
+    workload: Workload,
+    rates: Rates,
+    shares: Sequence[float] = SHARES,
+    answers: memory.Answers | None = None,
+    hits: paging.HitRates | None = None,
+) -> tuple[RamLevel, ...]:
+    """A level for each of ``shares`` (0 to 1) of the weights in RAM; where that is less than what has to be there, the
+    least with which the model runs. Everything is computed by the CPU.
+
+    Args:
+        settings: as asked for (load mode "auto"): how the file is read is decided for each level.
+        answers: who is asked, once, what the model takes; None: formulas.
+        hits: what is known of the model's routing (``simulate.HitCurve``); None: even use is assumed.
+    """
+    plan = Plan(model.path, settings=settings, workload=workload)
+    rows = (memory.Formulas(model, {}) if answers is None else answers).ask(plan)
+    budget = budget_of(hardware, rates, model, settings)
+    process = DeviceMemory(PROCESS, 0, 0, budget.process)
+    spread = paging.OnDrive(model, plan, rows, {}, hits)
+    timing = spread.timing(rates, workload)
+    whole = sum(r.total_bytes for r in rows)
+    weights = sum(r.weights_bytes for r in rows)
+    in_ram = cost.estimate(model, plan, rates, workload, {})
+    found = []
+    for share in shares:
+        ram = whole - round((1 - share) * weights)
+        made = spread.within(max(ram, spread.least)) if spread.least is not None and ram < whole else None
+        if made is None or made.tier is None:
+            taken = whole + budget.process
+            found.append(
+                RamLevel(
+                    1.0, taken, (*rows, process), 0, Placement(), settings, None, in_ram, whole <= budget.ram
+                )
+            )
+            continue
+        left = max(
+            0, sum(paging.paged_bytes(model, made, {})) - made.tier.expert_bytes - made.tier.dense_bytes
+        )
+        taken = sum(r.total_bytes for r in made.memory)
+        found.append(
+            RamLevel(
+                1 - left / weights,
+                taken + budget.process,
+                (*made.memory, process),
+                left,
+                made.placement,
+                made.settings,
+                made.tier,
+                timing.estimate(made),
+                taken <= budget.ram,
+            )
+        )
+    return tuple(found)
+
+
 def levels(
     model: ModelInfo,
     hardware: Hardware,
@@ -43,7 +129,7 @@ def levels(
     shares: Sequence[float] = SHARES,
 ) -> tuple[Level, ...]:
     """A level for each of ``shares`` (0 to 1). Bytes are by formula. No levels without a GPU."""
-    budget = budget_of(hardware, rates)
+    budget = budget_of(hardware, rates, model, settings)
     if not budget.room:
         return ()
     start = Plan(model.path, settings=settings)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from tensortier import candidates, memory, paging, placement, reasons
 from tensortier.budget import DEVICE_MARGIN as DEVICE_MARGIN
-from tensortier.budget import Budget, budget_of
+from tensortier.budget import PROCESS, Budget, budget_of
 from tensortier.candidates import Question, excess
 from tensortier.candidates import to_cpu as to_cpu
 from tensortier.errors import PlanError, UsageError
@@ -71,7 +71,7 @@ def plan(
     start = Plan(model.path, settings=settings, rpc=tuple(rpc), workload=load)
     if rates is None:
         return _finished(simple_plan(model, hardware, settings, rpc=rpc, answers=answers), load)
-    budget = budget_of(hardware, rates)
+    budget = budget_of(hardware, rates, model, settings)
     search = Search(model, budget, start, load, rates, tuple(_choices(settings, load, wishes)))
     if isinstance(answers, memory.Formulas):  # with what is known of the devices here
         answers = memory.Formulas(model, budget.free, budget.helpers)
@@ -117,7 +117,7 @@ def manual_plan(
     """
     start = Plan(model.path, place, _with_threads(settings, hardware), rpc=tuple(rpc), workload=workload)
     rows = memory.predict(start) if answers is None else answers.ask(start)
-    budget = budget_of(hardware, rates)
+    budget = budget_of(hardware, rates, model, start.settings)
     made = _finish(start, hardware, rows, ["placed by hand"], model, budget)
     if rates is not None:
         search = Search(model, budget, start, workload or Workload(), rates, (made.settings,))
@@ -144,7 +144,7 @@ def simple_plan(
         LoadError, ModelFileError: llama.cpp would not load this model at all.
     """
     start = Plan(model.path, settings=_with_threads(settings, hardware), rpc=tuple(rpc))
-    budget = budget_of(hardware, None)
+    budget = budget_of(hardware, None, model, start.settings)
     with _asked(answers) as exact:
         question = Question(start, model, budget.free, budget.room, exact)
         names = " and ".join(budget.room)
@@ -266,6 +266,8 @@ def _preferred(
     there is to say of it."""
     where = reasons.on_the_drive(model, paged, paging.paged_bytes(model, paged, budget.free), mapped)
     made = dataclasses.replace(paged, reasons=(where, *told), workload=mapped.workload)
+    if all(row.device != PROCESS for row in made.memory):
+        made = dataclasses.replace(made, memory=(*made.memory, DeviceMemory(PROCESS, 0, 0, budget.process)))
     made = dataclasses.replace(made, warnings=tuple(reasons.warnings(made, model, hardware, budget)))
     if not mapped.candidates:
         return made
@@ -331,5 +333,6 @@ def _finish(
         settings = dataclasses.replace(settings, repack=False)
         said.append("weights on the CPU stay as they are in the file, because reordered ones cannot be paged")
     settings = dataclasses.replace(settings, load_mode=mode)
+    rows = (*rows, DeviceMemory(PROCESS, 0, 0, budget.process))
     plan = dataclasses.replace(plan, settings=settings, memory=rows, reasons=tuple(said))
     return dataclasses.replace(plan, warnings=tuple(reasons.warnings(plan, model, hardware, budget)))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tensortier.calibrate.records import Calibration, LayerCost, Product
 from tensortier.gguf.ggml_types import GGML_TYPES, GgmlType
+from tensortier.pageable import DEVICE
 from tensortier.types import Device, Hardware, Settings
 
 # Shares of a published peak that llama.cpp reaches, and how far off they may be.
@@ -92,9 +93,22 @@ class Rates:
     devices: Mapping[str, DeviceRates]
     drive: Speed | None = None  # bytes/s of large random reads past the page cache
     notes: tuple[str, ...] = field(default=())
+    plain: DeviceRates | None = (
+        None  # of the CPU with weights as they are in the file; None: as "CPU" in ``devices``
+    )
+    drive_latency: float = 0.0  # seconds until the first of several reads is there
 
     def of(self, device: str) -> DeviceRates:
+        """Of a device, or of the CPU with weights from the drive ("TIER")."""
+        if device == DEVICE:
+            return self.plain or self.devices["CPU"]
         return self.devices[device]
+
+    def kernels(self, *, repack: bool) -> Rates:
+        """These rates where the CPU's weights are reordered, if these are of such weights, or left as they are."""
+        if repack or self.plain is None:
+            return self
+        return replace(self, devices={**self.devices, "CPU": self.plain})
 
 
 def from_calibration(calibration: Calibration, hardware: Hardware, settings: Settings) -> Rates:
@@ -103,13 +117,16 @@ def from_calibration(calibration: Calibration, hardware: Hardware, settings: Set
     A device that was not measured gets the catalogue's figures where its details have them, else it is left out.
     """
     found: dict[str, DeviceRates] = {}
+    plain = None
     for device in hardware.devices:
         if any(p.device == device.name for p in calibration.products):
             found[device.name] = _measured(calibration, device, settings)
+            if device.kind == "cpu":
+                plain = _measured(calibration, device, replace(settings, repack=False))
         elif device.kind in ("gpu", "igpu") and device.details.get("bandwidth_bytes_per_s"):
             found[device.name] = catalogue_gpu(device)
     drive = max((d.bytes_per_second for d in calibration.drives), default=0.0)
-    return Rates(found, Speed(drive, 0.1) if drive else None, calibration.notes)
+    return Rates(found, Speed(drive, 0.1) if drive else None, calibration.notes, plain)
 
 
 def _measured(calibration: Calibration, device: Device, settings: Settings) -> DeviceRates:

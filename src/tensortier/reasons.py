@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from tensortier import formulas, placement
 from tensortier.budget import Budget
 from tensortier.candidates import CPU_ONLY, EVERYTHING, FIT, Question
-from tensortier.pageable import DEVICE
 from tensortier.search import PAGEABLE, QUANTIZED_KV_GAIN, Option, Search
 from tensortier.types import Candidate, DeviceMemory, Hardware, ModelInfo, Placement, Plan, Settings, Workload
 
@@ -273,10 +272,8 @@ def warnings(plan: Plan, model: ModelInfo, hardware: Hardware, budget: Budget) -
             line += " or a quantized KV cache" if plan.settings.type_k in _PLAIN_KV else ""
             line += " would bring more of it to the GPU"
         told.append(line)
-    if cpu is not None:
-        # what is kept of the weights on the drive lies in RAM too
-        kept = held[DEVICE].total_bytes if DEVICE in held else 0
-        left = budget.ram_beside(plan.memory) - cpu.total_bytes - kept
+    if cpu is not None and plan.tier is None:  # with weights on the drive RAM is filled on purpose
+        left = budget.ram_beside(plan.memory) - cpu.total_bytes
         if 0 <= left < _LITTLE_RAM * hardware.ram_limit:
             told.append(f"it leaves {gib(left)} of RAM free")
     for device in hardware.devices:

@@ -37,7 +37,7 @@ def test_experts_go_first_and_ram_is_filled_not_more(ram: int, skeleton: Callabl
     others = sum(t.nbytes for t in model.tensors if not t.role.is_routed_expert)
     assert rows["CPU"].weights_bytes == pytest.approx(others, abs=1 << 20)
     held = sum(row.total_bytes for row in made.memory)
-    assert 0.9 * ram < held + paging.PROCESS_BYTES <= ram
+    assert 0.98 * ram < held <= ram
     assert made.tier.dense_bytes == 0
 
 

@@ -61,6 +61,13 @@ def test_never_predicted_slower_than_fit(name: str, model: Callable[[str], Model
     assert spilled >= 2
 
 
+def of_the_model(plan: Plan) -> tuple[DeviceMemory, ...]:
+    """Rows without the process' own."""
+    *rows, process = plan.memory
+    assert process.device == "process" and process.total_bytes > 100 << 20
+    return tuple(rows)
+
+
 def test_everything_fits_and_that_is_all_there_is_to_say(model: Callable[[str], ModelInfo]) -> None:
     plan = planned(model("gemma-3-12b-q4_k_m"), described("RTX 3090"))
     assert plan.placement == Placement(("CUDA0",), -1)
@@ -171,7 +178,7 @@ def test_what_wins_is_proved_and_planned_again_until_it_fits(model: Callable[[st
     (card,) = [d for d in hardware.devices if d.name == "CUDA0"]
     assert row.total_bytes <= budget.room(card)
     assert 2 <= answers.asked <= 7
-    assert plan.memory == answers.ask(plan)
+    assert of_the_model(plan) == answers.ask(plan)
     easy = planned(gemma, hardware)
     assert plan.estimate is not None and easy.estimate is not None
     assert plan.estimate.seconds > easy.estimate.seconds
@@ -245,8 +252,7 @@ def test_graphics_that_share_main_memory_are_counted_in_what_is_left(
     speeds = rates.from_catalogue(here)
     plan = planner.plan(m, here, Settings(n_ctx=4096), rates=speeds, answers=memory.Formulas(m, {}))
     left = here.ram_available - sum(row.total_bytes for row in plan.memory)
-    assert plan.tier is not None and 0 < left < here.ram_limit // 10
-    assert any(w.startswith("it leaves") and "of RAM free" in w for w in plan.warnings), plan.warnings
+    assert plan.tier is not None and 0 <= left < 1 << 20
 
 
 def test_a_card_without_room(model: Callable[[str], ModelInfo]) -> None:
@@ -300,10 +306,11 @@ def test_graphics_that_share_main_memory_share_the_budget(model: Callable[[str],
     """An M-series machine with 16 GiB cannot hold 12 GiB on its graphics and 8 GiB beside them."""
     hardware = catalogue.hypothetical(["M4 Pro"], 24 * GIB)
     plan = planned(model("mixtral-8x7b-q4_k_m"), hardware)
-    assert budget.budget_of(hardware, None).shared == {hardware.devices[1].name}
+    here = budget.budget_of(hardware, None, model("mixtral-8x7b-q4_k_m"), plan.settings)
+    assert here.shared == {hardware.devices[1].name}
     assert sum(r.total_bytes for r in plan.memory) <= hardware.ram_available
     mapped = planned(model("mixtral-8x7b-q4_k_m"), hardware, settings=Settings(load_mode="mmap"))
-    paged = budget.budget_of(hardware, None).paged(mapped.memory, pageable=True)
+    paged = here.paged(mapped.memory, pageable=True)
     assert paged == max(0, sum(r.total_bytes for r in mapped.memory) - hardware.ram_available) > 0
 
 
@@ -332,7 +339,7 @@ def test_a_real_model_on_a_real_device(mib: int, smollm2_path: Path, rpc_device:
     assert time.perf_counter() - started < 10.0  # under a second on an idle machine
     used = {r.device: r.total_bytes for r in plan.memory}.get("RPC0", 0)
     assert used <= 0.9 * size
-    assert plan.memory == memory.predict(plan)
+    assert of_the_model(plan) == memory.predict(plan)
     if mib == 2000:
         assert plan.reasons == ("everything fits on RPC0: nothing to decide",)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tensortier import explain
+from tensortier.budget import PROCESS
 from tensortier.deciding import Planned
 from tensortier.errors import UsageError
 from tensortier.explain import readable_size
@@ -92,7 +93,7 @@ def _memory(planned: Planned, width: int) -> Table:
             readable_size(free[row.device])
             if row.device in free
             else "in RAM"
-            if row.device == DEVICE
+            if row.device in (DEVICE, PROCESS)
             else "?"
         )
         table.add_row(row.device, *(readable_size(size) for size in sizes), here)
