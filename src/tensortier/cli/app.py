@@ -20,6 +20,7 @@ from tensortier.cli import (
     models,
     plan,
     run,
+    serve,
     simulate,
     trace,
 )
@@ -38,6 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("hardware")(hardware.hardware)

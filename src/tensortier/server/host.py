@@ -5,27 +5,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tensortier import library
 from tensortier.errors import Cancelled, LoadError, ModelNotFound, OutOfMemory, TensortierError, UsageError
 from tensortier.library import LibraryModel
 from tensortier.server.planning import Decision
+from tensortier.server.threads import in_thread
 from tensortier.types import Plan
 
 if TYPE_CHECKING:
     from tensortier.engine import Engine
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 _PLANS_AGAIN = 3  # after allocations that failed
 _PATIENCE_SECONDS = 5.0  # that running answers get before a model is replaced under them
@@ -87,10 +83,12 @@ class Planning(Protocol):
 MakeEngine = Callable[[Plan, Callable[[float], None], threading.Event], "Engine"]
 
 
-def make_engine(plan: Plan, progress: Callable[[float], None], cancel: threading.Event) -> Engine:
+def make_engine(
+    plan: Plan, progress: Callable[[float], None], cancel: threading.Event, *, verbose: bool = False
+) -> Engine:
     from tensortier.engine import Engine
 
-    return Engine(plan, progress=progress, cancel=cancel)
+    return Engine(plan, progress=progress, cancel=cancel, verbose=verbose)
 
 
 class _Slot:
@@ -134,7 +132,7 @@ class ModelHost:
 
     Args:
         planning: decides where a model goes.
-        served: the model that requests without a name get: a name or a path.
+        served: the model that requests without a name get; None: there is none yet.
         given: the plan ``served`` is loaded with at first; None: ``planning`` decides.
         parallel: sequences of each engine.
         models_max: models that may be loaded at once.
@@ -145,7 +143,7 @@ class ModelHost:
     def __init__(
         self,
         planning: Planning,
-        served: LibraryModel,
+        served: LibraryModel | None,
         *,
         given: Plan | None = None,
         parallel: int = 1,
@@ -162,7 +160,7 @@ class ModelHost:
         self._idle_seconds = idle_seconds
         self._make_engine = engine
         self._list_models = list_models
-        self._models: list[LibraryModel] = [served]
+        self._models: list[LibraryModel] = [] if served is None else [served]
         self._scanned_at = float("-inf")
         self._scanning = asyncio.Lock()
         self._slots: dict[str, _Slot] = {}  # by path, the newest of each model
@@ -170,14 +168,14 @@ class ModelHost:
         self._switching = asyncio.Lock()  # one model is loaded at a time
         self._change = asyncio.Event()  # set at a change, and then another one
         self._tasks: set[asyncio.Task[None]] = set()
-        self._threads = ThreadPoolExecutor(4, "models")
         self._stopping = False
 
     # --- life
 
     async def start(self) -> None:
         """Begin to load the served model, in the background."""
-        self._begin(self.served, self._given)
+        if self.served is not None:
+            self._begin(self.served, self._given)
         if self._idle_seconds is not None:
             self._spawn(self._unload_idle(self._idle_seconds))
 
@@ -201,7 +199,6 @@ class ModelHost:
         for slot in slots:
             await self._free(slot)
         self._slots.clear()
-        await asyncio.to_thread(self._threads.shutdown)
         self._notify()
 
     # --- what is there
@@ -218,8 +215,9 @@ class ModelHost:
         """Look at the model folders again (at most every two seconds), and return ``models()``."""
         async with self._scanning:
             if time.monotonic() - self._scanned_at > _RESCAN_SECONDS:
-                found = await self._in_thread(self._list_models)
-                self._models = _unique([self.served, *(m for m in found if m.path != self.served.path)])
+                found = await in_thread(self._list_models)
+                first = [] if self.served is None else [self.served]
+                self._models = _unique([*first, *(m for m in found if m not in first)])
                 self._scanned_at = time.monotonic()
         return self.models()
 
@@ -233,6 +231,8 @@ class ModelHost:
             ModelUnavailable: there is a file of that name, and it cannot be read.
         """
         if name is None:
+            if self.served is None:
+                raise ModelNotFound("no model is loaded: name one, GET /v1/models lists those that there are")
             return self.served
         found = _named(self._models, name) or _named(await self.look(), name)
         if found is None:
@@ -245,7 +245,8 @@ class ModelHost:
 
     def state(self) -> tuple[Loaded, ...]:
         """The models that are loaded or about to be, the served one first."""
-        slots = sorted(self._slots.values(), key=lambda s: s.model.path != self.served.path)
+        served = None if self.served is None else self.served.path
+        slots = sorted(self._slots.values(), key=lambda s: s.model.path != served)
         return tuple(slot.state() for slot in [*slots, *self._leaving])
 
     def held(self, *, besides: str | None = None) -> dict[str, int]:
@@ -375,10 +376,10 @@ class ModelHost:
                 elif slot.given is not None or attempt == _PLANS_AGAIN:
                     raise
                 else:
-                    decision = await self._in_thread(self._planning.less, decision, exc)
+                    decision = await in_thread(self._planning.less, decision, exc)
                 continue
             if slot.stop.is_set():
-                await self._in_thread(engine.close)
+                await in_thread(engine.close)
                 raise Cancelled("the loading was ended")
             slot.engine, slot.fraction, slot.used_at = engine, 1.0, time.monotonic()
             slot.phase = Phase.READY
@@ -400,13 +401,13 @@ class ModelHost:
                 told[0] = int(fraction * _STEPS)
                 loop.call_soon_threadsafe(tell, fraction)
 
-        making = asyncio.ensure_future(self._in_thread(self._make_engine, plan, progress, slot.stop))
+        making = asyncio.ensure_future(in_thread(self._make_engine, plan, progress, slot.stop))
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:
             slot.stop.set()  # the thread cannot be left behind with half an engine
             with contextlib.suppress(TensortierError):
-                await self._in_thread((await making).close)
+                await in_thread((await making).close)
             raise
 
     async def _decide(self, slot: _Slot) -> Decision:
@@ -420,7 +421,7 @@ class ModelHost:
             if slot.given is not None:
                 return Decision(slot.given)
             try:
-                decision = await self._in_thread(self._planning.decide, slot.model.path, _held(others))
+                decision = await in_thread(self._planning.decide, slot.model.path, _held(others))
             except UsageError:  # it cannot run in what the others leave
                 if not others:
                     raise
@@ -468,7 +469,7 @@ class ModelHost:
     async def _free(self, slot: _Slot) -> None:
         engine, slot.engine = slot.engine, None
         if engine is not None:
-            await self._in_thread(engine.close)
+            await in_thread(engine.close)
         if slot in self._leaving:
             self._leaving.remove(slot)
         self._notify()
@@ -491,10 +492,6 @@ class ModelHost:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
 
 def _held(slots: Iterable[_Slot]) -> dict[str, int]:

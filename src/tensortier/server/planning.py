@@ -10,6 +10,8 @@ from tensortier.deciding import Planned, Wish
 from tensortier.errors import OutOfMemory, UsageError
 from tensortier.types import Hardware, Plan, Settings
 
+SHARED_CONTEXT = 8192  # tokens, where nobody asked for a number
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -47,7 +49,7 @@ class Planner:
 
         Raises: as ``deciding.make_plan``; UsageError also where nothing is left.
         """
-        wish = replace(self._wish, model=path)
+        wish = self._with_context(replace(self._wish, model=path))
         if held:
             wish = self._beside(wish, held)
         return _decision(deciding.make_plan(wish, self._measured, self._say))
@@ -57,6 +59,18 @@ class Planner:
         if decision.planned is None or decision.planned.wish.manual.given:
             raise failure
         return _decision(deciding.plan_with_less(decision.planned, failure))
+
+    def _with_context(self, wish: Wish) -> Wish:
+        """Where nobody asked for a number of tokens: several conversations share the context."""
+        from tensortier import gguf, planner
+
+        if not wish.undecided.context:
+            return wish
+        model = gguf.read(wish.model)
+        least = min(SHARED_CONTEXT, model.context_length or SHARED_CONTEXT)
+        context = max(least, planner.context_for(model, deciding.settle(wish, model)))
+        settings = replace(wish.settings, n_ctx=context)
+        return replace(wish, settings=settings, undecided=replace(wish.undecided, context=False))
 
     def _beside(self, wish: Wish, held: Mapping[str, int]) -> Wish:
         from tensortier import placement
