@@ -47,8 +47,9 @@ def main() -> None:
     )
 
     def ours() -> float:
-        list(engine.complete(PROMPT, Sampling(temperature=0.0, max_tokens=args.tokens)))
-        return engine.stats.decode_tokens_per_second
+        request = engine.complete(PROMPT, Sampling(temperature=0.0, max_tokens=args.tokens))
+        list(request)
+        return request.stats.decode_tokens_per_second
 
     def theirs() -> float:
         times = []
