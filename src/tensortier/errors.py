@@ -9,6 +9,7 @@
     │   └── PlanError                  a plan that is corrupt, or for another model
     ├── ModelFileError                 the file is not a GGUF that can be read       (exit code 1)
     │   └── RemoteError                the remote file could not be reached
+    ├── DownloadError                  a download could not be finished, or is not what was promised
     ├── LibraryError                   llama.cpp or our plug-in is missing or does not match
     │   └── BackendError               a ggml backend module could not be built, loaded or reached
     ├── LoadError                      llama.cpp refused to load the model
@@ -51,6 +52,10 @@ class ModelFileError(TensortierError):
 
 
 class RemoteError(ModelFileError):
+    pass
+
+
+class DownloadError(TensortierError):
     pass
 
 

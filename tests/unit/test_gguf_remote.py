@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tensortier import gguf
+from tensortier import gguf, web
 from tensortier.errors import ModelFileError, RemoteError
 from tensortier.gguf import remote
 from tests.unit.gguf_samples import ARR, STR, blob, small_model, value, write_split
@@ -240,7 +240,7 @@ def test_endless_header(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_silence_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "TIMEOUT", 0.2)
+    monkeypatch.setattr(web, "TIMEOUT", 0.2)
     release = threading.Event()
     with _server(lambda h: release.wait(10) and None) as url:
         with pytest.raises(RemoteError, match="timed out"):

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 import urllib.error
 import urllib.request
 from http.client import HTTPException, HTTPResponse
-from typing import IO, Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote
 
+from tensortier import web
 from tensortier.errors import RemoteError
 from tensortier.gguf.header import Header, NeedMore, parse
 
 FIRST_RANGE = 1 << 20
 MAX_HEADER = 1 << 27  # the largest vocabularies take some 30 MB
-TIMEOUT = 30.0  # seconds without a byte
 DEADLINE = 300.0  # seconds for one file's header
 _CHUNK = 1 << 16
 _HF = re.compile(r"(?i:hf)://([\w.-]+)/([\w.-]+)(?:@([^/]+))?/(.+)", re.ASCII)
@@ -57,31 +55,9 @@ def _resolve(source: str) -> tuple[str, str | None]:
     match = _HF.fullmatch(source)
     if not match:
         raise RemoteError(f"{source}: not of the form hf://owner/repo/file.gguf")
-    from huggingface_hub import constants, get_token
-
     owner, repo, revision, path = match.groups()
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    return (
-        f"{endpoint}/{owner}/{repo}/resolve/{quote(revision or 'main', safe='')}/{quote(path)}",
-        get_token(),
-    )
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects; the token goes along only to the same host (urllib would send it anywhere)."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
-    ) -> urllib.request.Request | None:
-        target = urljoin(req.full_url, newurl)
-        old, new = urlsplit(req.full_url), urlsplit(target)
-        if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme != "https"):
-            raise urllib.error.URLError(f"refused a redirect from {old.scheme} to {new.scheme}")
-        following = super().redirect_request(req, fp, code, msg, headers, target)
-        token = req.unredirected_hdrs.get("Authorization")
-        if following is not None and token and (old.scheme, old.netloc) == (new.scheme, new.netloc):
-            following.add_unredirected_header("Authorization", token)
-        return following
+    endpoint, token = web.hub()
+    return f"{endpoint}/{owner}/{repo}/resolve/{quote(revision or 'main', safe='')}/{quote(path)}", token
 
 
 class _Download:
@@ -94,7 +70,7 @@ class _Download:
         self.size = -1
         self._data = bytearray()
         self._stream: HTTPResponse | None = None  # of a server that ignores ranges
-        self._opener = urllib.request.build_opener(_Redirects)
+        self._opener = urllib.request.build_opener(web.Redirects)
         self._end = time.monotonic() + DEADLINE
 
     def close(self) -> None:
@@ -114,7 +90,7 @@ class _Download:
                     self._take(self._stream, n)
             except urllib.error.HTTPError as exc:
                 exc.close()
-                raise RemoteError(f"{self.source}: {_explain(exc)}") from exc
+                raise RemoteError(f"{self.source}: {web.explain(exc)}") from exc
             except urllib.error.URLError as exc:
                 raise RemoteError(f"{self.source}: cannot be reached: {exc.reason}") from exc
             except (OSError, HTTPException, ValueError) as exc:
@@ -129,18 +105,9 @@ class _Download:
         return bytes(self._data[:n])
 
     def _request(self, start: int, end: int) -> None:
-        request = urllib.request.Request(
-            self.url,
-            headers={
-                "Range": f"bytes={start}-{end - 1}",
-                "Accept-Encoding": "identity",
-                "User-Agent": "tensortier",
-            },
-        )
-        if self.token:
-            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
+        request = web.request(self.url, self.token, Range=f"bytes={start}-{end - 1}")
         try:
-            response = self._opener.open(request, timeout=TIMEOUT)
+            response = self._opener.open(request, timeout=web.TIMEOUT)
         except urllib.error.HTTPError as exc:
             empty = _CONTENT_RANGE.fullmatch(exc.headers.get("Content-Range", ""))
             if exc.code == 416 and start == 0 and empty and int(empty[3]) == 0:
@@ -185,12 +152,3 @@ class _Download:
             if not chunk:
                 return
             self._data += chunk
-
-
-def _explain(error: urllib.error.HTTPError) -> str:
-    if error.code in (401, 403):
-        return f"access denied (HTTP {error.code}); for a gated model set HF_TOKEN and accept its terms"
-    if error.code == 404:
-        return "no such file (HTTP 404)"
-    reason = " ".join(str(error.reason).split())[:200]
-    return f"the server answered with HTTP {error.code} {reason}"
