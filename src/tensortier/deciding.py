@@ -14,6 +14,7 @@ from tensortier.types import Device, Hardware, ModelInfo, Plan, Settings, Worklo
 
 if TYPE_CHECKING:
     from tensortier.memory import Answers
+    from tensortier.paging import HitRates
     from tensortier.rates import Rates
 
 
@@ -72,7 +73,7 @@ class Wish:
     vram: Sequence[int] = ()  # bytes of each GPU, or of all alike where it is one number
     ram: int | None = None  # bytes of main memory
     elsewhere: Hardware | None = None  # a machine to plan for instead of this one
-    levels: bool = False  # the levels of a GPU are wanted, so there has to be one
+    trace: str | None = None  # a routing trace of the model
     remote: bool = False  # the model may be a file behind hf:// or https://, of which only the header is read
 
 
@@ -87,6 +88,7 @@ class Planned:
     workload: Workload
     rates: Rates | None  # None: this machine was not measured
     answers: Answers | None  # formulas; None: llama.cpp is asked
+    hits: HitRates | None = None  # what is known of the model's routing
 
 
 Measurer = Callable[[Hardware, Settings, Sequence[str]], "Rates | None"]
@@ -102,7 +104,7 @@ def make_plan(wish: Wish, measured: Measurer, say: Callable[[str], None]) -> Pla
     Raises:
         UsageError: the wish contradicts itself, the model or the machine. And the exceptions of those parts.
     """
-    from tensortier import gguf, hardware, library, memory, placement, planid, rates
+    from tensortier import gguf, hardware, library, memory, planid, rates
 
     away = gguf.is_remote(wish.model)
     if away and not wish.remote:
@@ -112,11 +114,9 @@ def make_plan(wish: Wish, measured: Measurer, say: Callable[[str], None]) -> Pla
     load = settle(wish, model)
     machine = wish.elsewhere or hardware.probe(None if away else source, rpc=wish.rpc)
     machine = within_budget(machine, wish.vram, wish.ram)
-    if wish.levels and not placement.gpus(machine):
-        raise UsageError(
-            "--levels shows how much of the model goes on a GPU, and there is none here: describe a machine with "
-            "--gpu, or add a remote device with --rpc"
-        )
+    if wish.trace is not None and wish.manual.given:
+        raise UsageError("--trace decides what stays in RAM: leave the options of manual placement out")
+    hits = None if wish.trace is None else recorded(wish.trace, model)
     answers = None
     if away or wish.elsewhere is not None:
         answers = memory.Formulas(model, {d.name: d.memory_free for d in machine.devices})
@@ -124,9 +124,23 @@ def make_plan(wish: Wish, measured: Measurer, say: Callable[[str], None]) -> Pla
         speeds: Rates | None = rates.from_catalogue(machine)
     else:
         speeds = _speeds_here(wish, model, machine, load, answers, measured, say)
-    plan = placed(wish, model, machine, load, speeds, answers)
+    plan = placed(wish, model, machine, load, speeds, answers, hits)
     plan = replace(plan, model_id=planid.of_model(model), machine_id=planid.of_machine(machine))
-    return Planned(wish, plan, model, machine, load, speeds, answers)
+    return Planned(wish, plan, model, machine, load, speeds, answers, hits)
+
+
+def recorded(trace: str, model: ModelInfo) -> HitRates:
+    """What a routing trace of ``model`` says of it.
+
+    Raises:
+        UsageError: the file is none, or was recorded with another model.
+    """
+    from tensortier import routing
+    from tensortier.simulate import HitCurve
+
+    found = routing.read(trace)
+    routing.check_model(found, model)
+    return HitCurve(found, trace)
 
 
 def given_plan(plan: Plan, name: str) -> Plan:
@@ -250,7 +264,15 @@ def plan_with_less(planned: Planned, failure: OutOfMemory) -> Planned:
         for d in planned.hardware.devices
     )
     machine = replace(planned.hardware, devices=devices)
-    plan = placed(planned.wish, planned.model, machine, planned.workload, planned.rates, planned.answers)
+    plan = placed(
+        planned.wish,
+        planned.model,
+        machine,
+        planned.workload,
+        planned.rates,
+        planned.answers,
+        planned.hits,
+    )
     plan = replace(plan, model_id=planned.plan.model_id, machine_id=planned.plan.machine_id)
     return replace(planned, plan=plan, hardware=machine)
 
@@ -309,6 +331,7 @@ def placed(
     load: Workload,
     speeds: Rates | None,
     answers: Answers | None,
+    hits: HitRates | None = None,
 ) -> Plan:
     """The plan for a machine as it is described. Without ``speeds`` it promises none. Raises as ``planner.plan``."""
     from tensortier import measuring, placement, planner
@@ -339,6 +362,7 @@ def placed(
         open=planner.Open(undecided.context, undecided.kv_type, undecided.ubatch, undecided.op_offload),
         rpc=wish.rpc,
         answers=answers,
+        hits=hits,
     )
     return plan if speeds is not None else _without_speeds(plan)
 

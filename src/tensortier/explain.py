@@ -84,6 +84,7 @@ _SOURCES = {
     "measured": "measured on this machine",
     "catalogue": "from the catalogue's published figures",
     "assumed": "assumed",
+    "trace": "from the routing trace",
 }
 
 

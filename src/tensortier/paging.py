@@ -22,18 +22,28 @@ SCRATCH_SHARE = 0.02  # of the room, for alignment of slots and what computing t
 # Reading and computing overlap, but not wholly: what is left of the shorter one.
 OVERLAP_LOSS = 0.25
 DRIVE_SHARE = 0.9  # of the drive's measured speed that the reads of a running model reach
-_POLICY = Tier.policy  # where nothing is known of the routing
 
 
 class HitRates(Protocol):
     """What is known of a model's routing."""
 
-    source: str  # for a reader: where it is from
-    profile: str | None  # a routing trace that policy "static" may go by
-    policies: Sequence[str]  # of which it can tell, the one to prefer among equals first
+    @property
+    def source(self) -> str:
+        """For a reader: what it is known by."""
+        ...
 
-    def rate(self, policy: str, capacity: Sequence[int]) -> float:
-        """Share of uses that find their expert in RAM, 0 to 1, where ``capacity`` experts stay of each layer
+    @property
+    def profile(self) -> str | None:
+        """A routing trace that policy "static" may go by."""
+        ...
+
+    @property
+    def policies(self) -> Sequence[str]:
+        """Of which it can tell, the one to prefer among equals first."""
+        ...
+
+    def rate(self, policy: str, capacity: Sequence[int], layers: Sequence[int]) -> float:
+        """Share of uses in ``layers`` that find their expert in RAM, 0 to 1, where ``capacity`` experts stay of each
         (``slots.capacities``)."""
         ...
 
@@ -184,12 +194,23 @@ def _with_policy(model: ModelInfo, layers: Sequence[slots.Layer], tier: Tier, hi
     if not layers or hits is None:
         return tier
     best, most = tier.policy, -1.0
+    numbers = [layer.number for layer in layers]
     for policy in hits.policies:
-        rate = hits.rate(policy, slots.capacities(layers, model.n_expert_used, policy, tier.expert_bytes))
+        capacity = slots.capacities(layers, model.n_expert_used, policy, tier.expert_bytes)
+        rate = hits.rate(policy, capacity, numbers)
         if rate > most + (WORTH if most >= 0 else 0):
             best, most = policy, rate
     profile = hits.profile if best == "static" else None
     return dataclasses.replace(tier, policy=best, profile=profile)
+
+
+def read_as_measured(plan: Plan, rates: Rates) -> Plan:
+    """``plan`` with the size and number of reads that the drive's calibration found best."""
+    if plan.tier is None or rates.reads is None:
+        return plan
+    reads = rates.reads
+    tier = dataclasses.replace(plan.tier, queue_depth=reads.queue_depth, read_bytes=reads.read_bytes)
+    return dataclasses.replace(plan, tier=tier)
 
 
 def paged_bytes(model: ModelInfo, plan: Plan, free: Mapping[str, int]) -> tuple[int, int]:
@@ -263,7 +284,7 @@ class _Known:
         held = min(1.0, sum(capacity) / sum(layer.experts for layer in self._layers))
         if hits is None or tier.policy not in hits.policies:
             return Share(held, held)
-        return Share(hits.rate(tier.policy, capacity), held)
+        return Share(hits.rate(tier.policy, capacity, [layer.number for layer in self._layers]), held)
 
     def estimate(self, plan: Plan, hits: HitRates | None) -> Estimate:
         assert plan.tier is not None
@@ -318,7 +339,7 @@ class _Known:
                 "some, and hit more often (tensortier trace records it, --trace uses it)"
             )
         elif self._layers and hits is not None:
-            notes.append(f"{found.hit_rate:.0%} of experts are found in RAM: {hits.source}")
+            notes.append(f"{found.hit_rate:.0%} of experts are found in RAM, {hits.source}")
         if self.rates.drive is None:
             notes.append(f"the drive's speed is not known: {drive.value / 1e9:.1f} GB/s are assumed")
         return notes

@@ -51,13 +51,15 @@ def plan(
     open: Open | None = None,
     rpc: Sequence[str] = (),
     answers: memory.Answers | None = None,
+    hits: paging.HitRates | None = None,
 ) -> Plan:
     """The placement, and the settings left ``open``, that finish ``workload`` soonest within memory.
 
     All placements of ``candidates`` and the optimum are compared by ``cost.estimate``; the fastest wins, and of those
     within a hundredth of it the simplest, but none that is slower than llama.cpp's own ``--fit`` would be. What wins
     is proved by ``answers``: llama.cpp itself (``memory.Probe``) where that is None, ``memory.Formulas`` for a machine
-    or model that is not here. Without ``rates`` nothing is compared: see ``simple_plan``.
+    or model that is not here. Without ``rates`` nothing is compared: see ``simple_plan``. ``hits`` tell how often
+    experts are found in RAM where the rest is on the drive (``simulate.HitCurve``); without them even use is assumed.
 
     Raises:
         UsageError: the model cannot run in this memory; the message says what would help.
@@ -70,7 +72,8 @@ def plan(
         settings = dataclasses.replace(settings, n_ctx=context_for(model, load))
     start = Plan(model.path, settings=settings, rpc=tuple(rpc), workload=load)
     if rates is None:
-        return _finished(simple_plan(model, hardware, settings, rpc=rpc, answers=answers), load)
+        made = simple_plan(model, hardware, settings, rpc=rpc, answers=answers, hits=hits)
+        return dataclasses.replace(made, workload=load)
     budget = budget_of(hardware, rates, model, settings)
     search = Search(model, budget, start, load, rates, tuple(_choices(settings, load, wishes)))
     if isinstance(answers, memory.Formulas):  # with what is known of the devices here
@@ -79,7 +82,7 @@ def plan(
     with _asked(answers) as exact:
         winner, options, rows = _proved(search, exact)
         if settings.load_mode == "auto" and winner.paged:
-            paged = _best_on_the_drive(search, hardware, options, exact)
+            paged = _best_on_the_drive(search, options, exact, hits)
     made = dataclasses.replace(
         start, placement=winner.placement, settings=winner.settings, estimate=winner.estimate
     )
@@ -133,6 +136,7 @@ def simple_plan(
     *,
     rpc: Sequence[str] = (),
     answers: memory.Answers | None = None,
+    hits: paging.HitRates | None = None,
 ) -> Plan:
     """Without a prediction of speed: everything on the GPUs if it fits; else attention and KV cache there first and as
     many feed-forward tensors as fit beside them; else as many layers without those as fit; else all in RAM.
@@ -159,7 +163,9 @@ def simple_plan(
         made = dataclasses.replace(start, placement=place)
         made = _finish(made, hardware, exact.ask(made), [told], model, budget)
         if settings.load_mode == "auto" and budget.paged(made.memory, pageable=True):
-            paged = paging.on_the_drive(model, made, made.memory, budget.ram_beside(made.memory), budget.free)
+            paged = paging.on_the_drive(
+                model, made, made.memory, budget.ram_beside(made.memory), budget.free, hits
+            )
             if paged is not None:
                 return _preferred(paged, made, hardware, model, budget)
         return made
@@ -231,26 +237,26 @@ def _ladder(winner: Option, options: Sequence[Option], made: Plan) -> tuple[Cand
 
 
 def _best_on_the_drive(
-    search: Search, hardware: Hardware, options: Sequence[Option], exact: memory.Answers
+    search: Search, options: Sequence[Option], exact: memory.Answers, hits: paging.HitRates | None
 ) -> Plan | None:
     """Of the options whose weights RAM does not hold, the one that is fastest when our own backend reads them."""
-    found: list[tuple[float, Plan, Option]] = []
+    model, budget = search.model, search.budget
 
     def paged(option: Option, rows: Sequence[DeviceMemory]) -> Plan | None:
-        made = paging.on_the_drive(
-            search.model, search.plan_of(option), rows, search.budget.ram_beside(rows), search.budget.free
-        )
+        spread = paging.OnDrive(model, search.plan_of(option), rows, budget.free, hits)
+        made = spread.within(budget.ram_beside(rows))
         if made is None:
             return None
-        estimate = paging.estimate(search.model, made, search.rates, search.workload, search.budget.free)
-        return dataclasses.replace(made, estimate=estimate)
+        made = paging.read_as_measured(made, search.rates)
+        return dataclasses.replace(made, estimate=spread.timing(search.rates, search.workload).estimate(made))
 
+    found: list[tuple[float, Option]] = []
     for option in options:
         if option.fits and option.paged and (made := paged(option, option.rows)) and made.estimate:
-            found.append((made.estimate.seconds * search.handicap(option.settings), made, option))
+            found.append((made.estimate.seconds * search.handicap(option.settings), option))
     if not found:
         return None
-    _, _, chosen = min(found, key=lambda f: f[0])
+    _, chosen = min(found, key=lambda f: f[0])
     return paged(chosen, exact.ask(search.plan_of(chosen)))
 
 
@@ -309,10 +315,6 @@ def _with_threads(settings: Settings, hardware: Hardware) -> Settings:
     return dataclasses.replace(
         settings, threads=max(1, min(hardware.performance_cores, hardware.usable_cpus))
     )
-
-
-def _finished(made: Plan, workload: Workload) -> Plan:
-    return dataclasses.replace(made, workload=workload)
 
 
 def _finish(

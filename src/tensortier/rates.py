@@ -7,10 +7,10 @@ interval that such an assumption deserves; an estimate made of them says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tensortier.calibrate.records import Calibration, LayerCost, Product
+from tensortier.calibrate.records import Calibration, DriveRead, LayerCost, Product
 from tensortier.gguf.ggml_types import GGML_TYPES, GgmlType
 from tensortier.pageable import DEVICE
 from tensortier.types import Device, Hardware, Settings
@@ -25,6 +25,8 @@ ASSUMED_SPREAD = 0.25
 # cells) per second of attention.
 CORE_MACS = 45e9
 CORE_ATTENTION = 6e9
+_NEARLY = 0.95  # of a speed
+_UNDER_WAY = 16 << 20  # bytes: what the experts that a token misses in one layer come to, or a little more
 GPU_LAYER_SECONDS = 60e-6  # kernels between the products of one layer
 GPU_SPLIT_SECONDS = 60e-6
 ASSUMED_LINK = 12e9  # bytes/s, where a card's link is not known
@@ -87,6 +89,14 @@ class DeviceRates:
 
 
 @dataclass(frozen=True)
+class Reads:
+    """How a drive is read best."""
+
+    queue_depth: int  # reads under way at a time
+    read_bytes: int  # of the largest single read
+
+
+@dataclass(frozen=True)
 class Rates:
     """Of a whole machine."""
 
@@ -96,7 +106,8 @@ class Rates:
     plain: DeviceRates | None = (
         None  # of the CPU with weights as they are in the file; None: as "CPU" in ``devices``
     )
-    drive_latency: float = 0.0  # seconds until the first of several reads is there
+    drive_latency: float = 0.0  # seconds until the first of several reads begins to arrive
+    reads: Reads | None = None  # None: not measured
 
     def of(self, device: str) -> DeviceRates:
         """Of a device, or of the CPU with weights from the drive ("TIER")."""
@@ -125,8 +136,31 @@ def from_calibration(calibration: Calibration, hardware: Hardware, settings: Set
                 plain = _measured(calibration, device, replace(settings, repack=False))
         elif device.kind in ("gpu", "igpu") and device.details.get("bandwidth_bytes_per_s"):
             found[device.name] = catalogue_gpu(device)
-    drive = max((d.bytes_per_second for d in calibration.drives), default=0.0)
-    return Rates(found, Speed(drive, 0.1) if drive else None, calibration.notes, plain)
+    here = {d.mount_point for d in hardware.drives}
+    # of the drive that the model is on, where that is the one that was measured
+    drives = [d for d in calibration.drives if d.mount_point in here] or list(calibration.drives)
+    if not drives:
+        return Rates(found, None, calibration.notes, plain)
+    best = _best_reads(drives)
+    single = min((d for d in drives if d.depth == 1), key=lambda d: d.block, default=best)
+    latency = max(0.0, single.block / single.bytes_per_second - single.block / best.bytes_per_second)
+    return Rates(
+        found,
+        Speed(best.bytes_per_second, 0.1),
+        calibration.notes,
+        plain,
+        latency,
+        Reads(best.depth, best.block),
+    )
+
+
+def _best_reads(drives: Sequence[DriveRead]) -> DriveRead:
+    """As little under way as nearly reaches the speed of ``_UNDER_WAY`` bytes: the less, the sooner what was asked for
+    first is there. Of equals the largest reads, of which there are the fewest."""
+    fitting = [d for d in drives if d.block * d.depth <= _UNDER_WAY] or list(drives)
+    most = max(d.bytes_per_second for d in fitting)
+    good = [d for d in fitting if d.bytes_per_second >= _NEARLY * most]
+    return min(good, key=lambda d: (d.block * d.depth, -d.block))
 
 
 def _measured(calibration: Calibration, device: Device, settings: Settings) -> DeviceRates:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tensortier import tier
+from tensortier.errors import UsageError
 from tensortier.routing import Trace
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ POLICIES = tier.POLICIES
 BOUNDS = ("belady-per-layer", "belady")
 SHARED = ("global-lru", "belady")  # those with one number of places for all layers
 _NEVER = -1
+_SAMPLE = (
+    1024  # tokens that a planner's question is answered by: a second of replays is too long for a slider
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,113 @@ class Simulator:
                 if here.get(key) == -use:
                     del here[key]
         return hits, uses
+
+
+class HitCurve:
+    """Hit rates for a planner (``paging.HitRates``), of tokens generated one at a time.
+
+    The tokens of a prompt count as if they had been generated. Policies are judged by the second half of the trace,
+    once they have seen the first, by whose frequencies "static" goes: so no policy knows what comes.
+
+    Args:
+        path: where the trace is from.
+    """
+
+    policies = POLICIES  # the first is preferred among equals
+
+    def __init__(self, trace: Trace, path: str) -> None:
+        self.profile = path
+        self.source = f"by the {trace.tokens} tokens of {path}"
+        self._trace = trace
+        self._single = _as_generated(trace)
+        self._prepared: dict[tuple[int, ...], _Halves] = {}
+        self._known: dict[tuple[object, ...], float] = {}
+
+    def rate(self, policy: str, capacity: Sequence[int], layers: Sequence[int]) -> float:
+        """Share of uses in ``layers`` (as the model counts them) that find their expert in RAM, 0 to 1, where
+        ``capacity`` experts stay of each (one number for "global-lru").
+
+        Raises:
+            UsageError: the trace has no such layers, or the capacity does not fit the policy.
+        """
+        key = (policy, tuple(capacity), tuple(layers))
+        if key not in self._known:
+            self._known[key] = self._rate(policy, tuple(capacity), tuple(layers))
+        return self._known[key]
+
+    def _rate(self, policy: str, capacity: tuple[int, ...], layers: tuple[int, ...]) -> float:
+        if layers not in self._prepared:
+            self._prepared[layers] = self._halves(layers)
+        found = self._prepared[layers]
+        shape = (len(layers), self._trace.experts)
+        if policy == "static":
+            hits, uses = tier.replay(found.second, policy, capacity, shape, found.frequency)
+            return float(hits.sum() / max(1, uses.sum()))
+        hits, uses = tier.replay(found.both, policy, capacity, shape)
+        before_hits, before_uses = tier.replay(found.first, policy, capacity, shape)
+        return float((hits.sum() - before_hits.sum()) / max(1, uses.sum() - before_uses.sum()))
+
+    def _halves(self, layers: tuple[int, ...]) -> _Halves:
+        """Of the records of these layers, numbered anew."""
+        import numpy as np
+
+        if missing := set(layers) - set(self._trace.layers):
+            raise UsageError(f"the trace has no experts of layer {min(missing)}")
+        number = np.full(len(self._trace.layers), _NEVER, np.int32)
+        number[[self._trace.layers.index(layer) for layer in layers]] = np.arange(len(layers), dtype=np.int32)
+        rows = self._single.rows[number[self._single.rows[:, 0]] != _NEVER].copy()
+        rows[:, 0] = number[rows[:, 0]]
+        tokens = self._single.tokens[number[self._single.rows[:, 0]] != _NEVER]
+        last = int(tokens[-1]) + 1
+        middle = last - min(last, _SAMPLE) // 2
+        earlier = rows[tokens < middle]
+        frequency = tier.frequencies(earlier.ravel(), len(layers), self._trace.experts)
+        recent = tokens >= last - _SAMPLE
+        first, second = rows[recent & (tokens < middle)], rows[tokens >= middle]
+        return _Halves(first.ravel(), second.ravel(), np.concatenate((first, second)).ravel(), frequency)
+
+
+@dataclass(frozen=True, eq=False)
+class _Halves:
+    """Records as ``tier.replay`` takes them, and how often the first half and what was before it chose each expert."""
+
+    first: NDArray[np.int32]
+    second: NDArray[np.int32]
+    both: NDArray[np.int32]
+    frequency: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class _Single:
+    """Records of one token each, [record, 3 + used], token after token, and the number of each record's token."""
+
+    rows: NDArray[np.int32]
+    tokens: NDArray[np.int64]
+
+
+def _as_generated(trace: Trace) -> _Single:
+    """The tokens of each micro-batch one after the other. Of the last layer llama.cpp may leave out the tokens whose
+    result nobody asked for, which are the first ones."""
+    import numpy as np
+
+    parts: list[NDArray[np.int32]] = []
+    tokens: list[NDArray[np.int64]] = []
+    begin, before, width = 0, -1, 0  # of the micro-batch
+    for group, ids in trace.passes():
+        if group <= before:
+            begin, width = begin + width, 0
+        n = ids.size // trace.used
+        if not n:
+            continue
+        width, before = max(width, n), group
+        rows = np.empty((n, 3 + trace.used), np.int32)
+        rows[:, :3] = (group, 1, trace.used)
+        rows[:, 3:] = ids.reshape(n, trace.used)
+        parts.append(rows)
+        tokens.append(np.arange(begin + width - n, begin + width))
+    rows, numbers = np.concatenate(parts), np.concatenate(tokens)
+    order = np.lexsort((rows[:, 0], numbers))
+    return _Single(rows[order], numbers[order])
 
 
 def _distinct(trace: Trace) -> tuple[list[int], list[list[int]]]:

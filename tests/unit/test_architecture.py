@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "measuring": {"types", "errors", "calibrate", "catalogue", "placement", "rates"},
     "deciding": {
         *("types", "errors", "explain", "gguf", "library", "hardware", "formulas", "workloads", "placement"),
-        *("rates", "memory", "measuring", "planner", "planid"),
+        *("rates", "memory", "measuring", "planner", "planid", "paging", "routing", "simulate"),
     },
     "_llama": {"types", "errors", "backends", "placement", "planfile"},
     "pageable": {"types"},
@@ -74,7 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     "tier": {"types", "errors", "gguf", "placement", "pageable", "_llama"},
     "slots": {"types", "errors", "pageable"},
     "routing": {"types", "errors", "planid"},
-    "simulate": {"tier", "routing"},
+    "simulate": {"errors", "tier", "routing"},
     "textstream": set(),
     "toolcalls": {"types"},
     "prompts": {"errors", "toolcalls"},

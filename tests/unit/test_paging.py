@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from tensortier import gguf, memory, paging, placement
-from tensortier.types import Plan, Settings, Workload
+from tensortier import budget, catalogue, cost, gguf, levels, memory, paging, placement, rates, slots
+from tensortier.rates import Reads, Speed
+from tensortier.types import Plan, Settings, Tier, Workload
 from tests.unit.test_cost import RATES
 
 GIB = 1 << 30
@@ -71,6 +73,94 @@ def test_more_ram_is_never_slower_and_never_beats_all_in_memory(skeleton: Callab
         assert low <= found.decode_tokens_per_second <= high
         speeds.append(found.decode_tokens_per_second)
     assert speeds == sorted(speeds)
-    from tensortier import cost
-
     assert speeds[-1] < cost.estimate(model, plan, RATES, WORK, {}).decode_tokens_per_second
+
+
+class Known:
+    """Hit rates that somebody knows."""
+
+    source, profile = "as told", "routing.trace"
+
+    def __init__(self, **told: float) -> None:
+        self.told = told
+
+    @property
+    def policies(self) -> Sequence[str]:
+        return list(self.told)
+
+    def rate(self, policy: str, capacity: Sequence[int], layers: Sequence[int]) -> float:
+        assert len(layers) == 48 and len(capacity) in (1, 48)
+        return self.told[policy]
+
+
+def test_the_policy_that_finds_most_and_its_time(skeleton: Callable[[str], Path]) -> None:
+    path = skeleton("qwen3-30b-a3b-q4_k_m")
+    model = gguf.read(path)
+    plan = Plan(str(path), settings=Settings(n_ctx=4096, threads=4))
+    rows = memory.Formulas(model, {}).ask(plan)
+    speeds = dataclasses.replace(RATES, drive=Speed(1e9))
+    found = {}
+    for hits in (None, Known(lru=0.9, static=0.903), Known(lru=0.6, static=0.7)):
+        made = paging.on_the_drive(model, plan, rows, 8 * GIB, {}, hits)
+        assert made is not None and made.tier is not None
+        estimate = paging.estimate(model, made, speeds, WORK, {}, hits)
+        found[made.tier.policy, made.tier.profile] = estimate
+        assert estimate.provenance["hit rate"] == ("assumed" if hits is None else "trace")
+    assert list(found) == [("lru", None), ("static", "routing.trace")]
+    # bound by the drive: what a token misses, at the drive's speed, and not much longer
+    layers = slots.layers_of(model, [t for t in model.tensors if t.role.is_routed_expert])
+    token = sum(layer.slot_bytes * layer.experts for layer in layers) * 8 / 128
+    for key, missed in ((("lru", None), 0.1), (("static", "routing.trace"), 0.3)):
+        seconds = found[key].decode_seconds["drive"]
+        assert 0.5 * missed * token / 1e9 < seconds < 1.2 * missed * token / 1e9
+    assert "as told" in found["lru", None].notes[-1] and "90%" in found["lru", None].notes[-1]
+
+
+def test_weights_from_the_drive_are_computed_as_they_are_in_the_file(skeleton: Callable[[str], Path]) -> None:
+    """Reordered weights are read at 50 GB/s, plain ones at 10: experts from the drive are plain."""
+    path = skeleton("qwen3-30b-a3b-q4_k_m")
+    model = gguf.read(path)
+    cpu = RATES.of("CPU")
+    slow = dataclasses.replace(cpu, other_narrow=dataclasses.replace(cpu.other_narrow, value=10e9))
+    speeds = dataclasses.replace(RATES, drive=Speed(1e15), plain=slow)
+    made, plan = planned(path, 8 * GIB)
+    assert made is not None
+    here = cost.estimate(model, plan, speeds, WORK, {}).decode_seconds["weights on CPU"]
+    there = paging.estimate(model, made, speeds, WORK, {}).decode_seconds["weights on CPU"]
+    experts = sum(t.nbytes for t in model.tensors if t.role.is_routed_expert) * 8 / 128
+    assert there - here == pytest.approx(experts / 10e9 - experts / 50e9, rel=1e-6)
+
+
+def test_reads_are_those_that_were_measured() -> None:
+    plan = Plan("m", tier=Tier(1, 2, "lfu"))
+    speeds = dataclasses.replace(RATES, reads=Reads(7, 12345))
+    made = paging.read_as_measured(plan, speeds)
+    assert made.tier == dataclasses.replace(plan.tier, queue_depth=7, read_bytes=12345)  # type: ignore[type-var]
+    assert paging.read_as_measured(plan, RATES) == plan
+    assert paging.read_as_measured(Plan("m"), speeds) == Plan("m")
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b-q4_k_m", "llama-3.3-70b-q4_k_m"])
+def test_levels_of_ram(name: str, skeleton: Callable[[str], Path]) -> None:
+    """Rows add up to the budget, the drive has the rest, and the ends are the least that runs and a plain plan."""
+    model = gguf.read(skeleton(name))
+    machine = catalogue.hypothetical((), 32 * GIB, memory="DDR5-5600 x2", drive="NVMe PCIe 4.0 x4")
+    speeds = rates.from_catalogue(machine)
+    settings = Settings(n_ctx=4096, threads=8)
+    shares = (0.0, 0.3, 0.6, 0.9, 1.0)
+    found = levels.ram_levels(model, machine, settings, workload=WORK, rates=speeds, shares=shares)
+    process = budget.process_bytes(model, settings)
+    for level, share in zip(found, shares, strict=True):
+        assert level.ram == sum(row.total_bytes for row in level.memory)
+        assert level.memory[-1].total_bytes == process
+        weights = sum(row.weights_bytes for row in level.memory)
+        assert weights + level.drive_bytes == pytest.approx(model.nbytes, rel=0.002)
+        assert level.fits == (level.ram <= machine.ram_available)
+        if 0 < share < 1:
+            assert share - 0.02 < level.share <= share + 1e-3
+            assert level.tier is not None and level.settings.load_mode == "none"
+    assert found[0].share < 0.08 and found[-1].tier is None and found[-1].drive_bytes == 0
+    plain = Plan(model.path, settings=settings)
+    assert found[-1].estimate == cost.estimate(model, plain, speeds, WORK, {})
+    decode = [level.estimate.decode_tokens_per_second for level in found]
+    assert decode == sorted(decode) and len(set(decode)) == len(decode)

@@ -73,7 +73,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--levels", "--explain"], "goes without --explain"),
         (["--levels", "--for", "ollama"], "goes without --for"),
         (["--levels", "-ngl", "3"], "leave the options of manual placement out"),
-        (["--gpu", "none", *CARD[2:], "--levels"], "there is none here: describe a machine with --gpu"),
+        (["--trace", "there-is-none", "-ngl", "3"], "leave the options of manual placement out"),
+        (["--trace", "there-is-none"], "cannot read the trace there-is-none"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_one_line(
@@ -176,6 +177,21 @@ def test_levels(capsys: pytest.CaptureFixture[str], skeleton: Callable[[str], Pa
     rows = [line for line in table.splitlines() if re.match(r"│ \d+%", line)]
     assert len(rows) == 11
     assert f" {decode[-1]:.1f} " in rows[-1]
+
+
+def test_levels_without_a_gpu_are_of_ram(
+    capsys: pytest.CaptureFixture[str], skeleton: Callable[[str], Path]
+) -> None:
+    path = skeleton("qwen3-30b-a3b-q4_k_m")
+    here = ("--gpu", "none", *CARD[2:], "--cores", "8", "--drive", "NVMe PCIe 4.0 x4", "--levels")
+    assert main(["plan", str(path), *here, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["levels"]
+    assert len(found) == 11 and found[-1]["tier"] is None and found[5]["tier"]["expert_bytes"] > 6 * GIB
+    table = printed(capsys, path, *here)
+    rows = [line for line in table.splitlines() if re.match(r"│ \d+%", line)]
+    assert len(rows) == 11
+    for row, level in zip(rows, found, strict=True):
+        assert f" {level['ram'] / GIB:.1f} GiB " in row and (" yes " in row) == level["fits"]
 
 
 # --- budgets

@@ -8,7 +8,7 @@ import pytest
 
 from tensortier import catalogue, rates
 from tensortier.calibrate.records import Attention, Calibration, Copy, DriveRead, LayerCost, Product, Split
-from tensortier.types import Device, Hardware, Settings
+from tensortier.types import Device, Drive, Hardware, Settings
 
 GB = 1e9
 SETTINGS = Settings(threads=8)
@@ -109,3 +109,39 @@ def test_a_described_machine() -> None:
     assert cpu.memory.value == pytest.approx(60 * GB * rates.CPU_BANDWIDTH_SHARE)
     assert card.offloads and not cpu.offloads
     assert any("assumed" in note for note in card.notes)
+
+
+def test_reads_that_are_nearly_as_fast_as_the_best_with_the_least_under_way() -> None:
+    """Of 16 MiB at most: 2.6 GB/s is the best of those, 2.5 is nearly that with half as much, and 4 GB/s takes more."""
+    mib = 1 << 20
+    rows = {(1, 1): 1.0, (1, 4): 1.8, (1, 8): 2.5, (1, 16): 2.6, (4, 4): 2.4, (4, 16): 4.0, (0.5, 16): 2.5}
+    drives = tuple(DriveRead("/", int(b * mib), d, speed * GB) for (b, d), speed in rows.items())
+    there = tuple(dataclasses.replace(d, mount_point="/data", bytes_per_second=GB) for d in drives)
+    base = calibration(product(GB), product(GB, batch=256))
+    here = machine()
+    found = rates.from_calibration(dataclasses.replace(base, drives=drives), here, SETTINGS)
+    assert found.reads == rates.Reads(8, mib)
+    assert found.drive is not None and found.drive.value == 2.5 * GB
+    assert found.drive_latency == pytest.approx(mib / GB - mib / (2.5 * GB))
+    # the drive that the model is on, where it is among those that were measured
+    models = dataclasses.replace(here, drives=(catalogue_drive("/data"),))
+    both = rates.from_calibration(dataclasses.replace(base, drives=drives + there), models, SETTINGS)
+    assert both.drive is not None and both.drive.value == GB
+    none = rates.from_calibration(dataclasses.replace(base, drives=()), here, SETTINGS)
+    assert none.drive is None and none.reads is None
+
+
+def catalogue_drive(mount: str) -> Drive:
+    return Drive(mount, mount, "", "ext4", "nvme", 1 << 40, 1 << 39)
+
+
+def test_plain_kernels_are_kept_beside_the_reordered_ones() -> None:
+    rows = (
+        product(20 * GB), product(5 * GB, batch=256), product(40 * GB, repacked=True),
+        product(9 * GB, batch=256, repacked=True),
+    )  # fmt: skip
+    found = rates.from_calibration(calibration(*rows), machine(), SETTINGS)
+    assert found.of("CPU").narrow["Q8_0"].value == pytest.approx(40 * GB)
+    assert found.of("TIER").narrow["Q8_0"].value == pytest.approx(20 * GB)
+    assert found.kernels(repack=False).of("CPU") == found.of("TIER")
+    assert found.kernels(repack=True) == found

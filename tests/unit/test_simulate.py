@@ -18,7 +18,7 @@ from tensortier import gguf, routing, tier
 from tensortier.cli import main
 from tensortier.errors import UsageError
 from tensortier.routing import Trace
-from tensortier.simulate import BOUNDS, POLICIES, Simulator, evenly, same_room, token_cycle
+from tensortier.simulate import BOUNDS, POLICIES, HitCurve, Simulator, evenly, same_room, token_cycle
 
 Passes = list[tuple[int, list[int]]]  # layer, ids of the experts of one token or more
 
@@ -139,6 +139,68 @@ def test_the_cliff_is_at_one_token() -> None:
     (guarded,) = Simulator(trace).run(same_room(evenly(trace, 10 / 48)), ("global-lru",))
     assert guarded.capacity == (10,)
     assert sum(guarded.hits) > 100
+
+
+# --- hit rates for the planner
+
+
+def lru_rate(tokens: list[list[list[int]]], capacity: list[int]) -> float:
+    """Hits of the second half in caches of each layer's own, written down plainly. tokens[t][layer]: expert ids."""
+    caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in capacity]
+    hits = uses = 0
+    for t, layers in enumerate(tokens):
+        for cache, room, ids in zip(caches, capacity, layers, strict=True):
+            if t >= len(tokens) - len(tokens) // 2:
+                uses += len(ids)
+                hits += sum(e in cache for e in ids)
+            for e in ids:
+                cache[e] = None
+                cache.move_to_end(e)
+            while len(cache) > room:
+                cache.popitem(last=False)
+    return hits / uses
+
+
+def test_hit_rates_are_of_tokens_one_at_a_time() -> None:
+    """The same routing recorded token by token, and with its first 40 tokens in micro-batches of 16: one rate, that of
+    a cache written down here."""
+    rng = np.random.default_rng(5)
+    tokens = [[rng.choice(12, 2, replace=False).tolist() for _ in range(3)] for _ in range(100)]
+    single = [(g, ids) for layers in tokens for g, ids in enumerate(layers)]
+    wide: Passes = []
+    for begin in range(0, 40, 16):
+        batch = tokens[begin : min(begin + 16, 40)]
+        wide += [(g, [e for layers in batch for e in layers[g]]) for g in range(3)]
+    wide += [(g, ids) for layers in tokens[40:] for g, ids in enumerate(layers)]
+    curves = [HitCurve(trace_of(passes, 3, 12, 2), "t") for passes in (single, wide)]
+    for capacity in ([6, 6, 6], [3, 8, 5]):
+        rates = [curve.rate("lru", capacity, (0, 1, 2)) for curve in curves]
+        assert rates[0] == rates[1] == pytest.approx(lru_rate(tokens, capacity))
+        others = [curve.rate(policy, capacity, (0, 1, 2)) for curve in curves for policy in ("lfu", "static")]
+        assert others[:2] == others[2:]
+    # of some layers, as where the others' experts are on a device
+    some = [[layers[2]] for layers in tokens]
+    assert curves[1].rate("lru", [5], (2,)) == pytest.approx(lru_rate(some, [5]))
+    with pytest.raises(UsageError, match="no experts of layer 7"):
+        curves[0].rate("lru", [5], (7,))
+
+
+def test_static_does_not_know_the_half_it_is_judged_by() -> None:
+    """Experts 0 and 1 in the first half, 2 and 3 in the second: what was frequent is of no use."""
+    tokens = [[0, 1]] * 50 + [[2, 3]] * 50
+    curve = HitCurve(trace_of([(0, ids) for ids in tokens], 1, 4, 2), "t")
+    assert curve.rate("static", [2], (0,)) == 0
+    assert curve.rate("lru", [2], (0,)) == pytest.approx(98 / 100)
+
+
+def test_the_last_layer_may_have_fewer_tokens() -> None:
+    """Of a prompt nobody asks for the results of but the last token."""
+    tokens = [[[1, 2], [3, 0]], [[2, 3], [0, 1]], [[0, 1], [1, 2]]]
+    passes = [(0, [e for t in tokens for e in t[0]]), (1, tokens[-1][1])]
+    passes += [(g, ids) for t in tokens for g, ids in enumerate(t)]
+    curve = HitCurve(trace_of(passes, 2, 4, 2), "t")
+    expected = lru_rate([*[[t[0], []] for t in tokens[:-1]], tokens[-1], *tokens], [3, 3])
+    assert curve.rate("lru", [3, 3], (0, 1)) == pytest.approx(expected)
 
 
 def test_shares_are_of_all_experts() -> None:

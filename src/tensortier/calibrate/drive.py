@@ -10,12 +10,12 @@ from tensortier import paths
 from tensortier.calibrate.records import DriveRead
 
 MIB = 1 << 20
-BLOCKS = (256 * 1024, 1 * MIB, 4 * MIB)  # bytes
-DEPTHS = (1, 4, 32)
+BLOCKS = (256 * 1024, 512 * 1024, 1 * MIB, 4 * MIB)  # bytes
+DEPTHS = (1, 4, 16, 32)
 
 
 def measure_drive(
-    near: Path | None = None, *, file_bytes: int = 256 * MIB, seconds: float = 0.2
+    near: Path | None = None, *, file_bytes: int = 256 * MIB, seconds: float = 0.15
 ) -> list[DriveRead]:
     """Random reads of a file past the page cache, by the reader that weights on the drive come through, ``seconds``
     for each block size and depth. The file is made beside ``near`` (default: in the cache folder) and removed.

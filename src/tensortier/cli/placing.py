@@ -66,6 +66,16 @@ RamOption = Annotated[
         rich_help_panel=BUDGET,
     ),
 ]
+TraceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="What 'tensortier trace' recorded of this model: how often experts will be found in RAM, and which policy "
+        "is best, is taken from it where they are on the drive. Without it: even use, the worst case.",
+        rich_help_panel=BUDGET,
+    ),
+]
 ContextOption = Annotated[
     int | None,
     typer.Option(

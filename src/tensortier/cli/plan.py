@@ -42,6 +42,7 @@ def plan(
     ],
     vram: placing.VramOption = None,
     ram: placing.RamOption = None,
+    trace: placing.TraceOption = None,
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -113,7 +114,7 @@ def plan(
         typer.Option(
             "--levels",
             help="Show 0, 10 ... 100 % of the model on the GPU instead: whole layers beside single tensors, with "
-            "the memory and the speed of each.",
+            "the memory and the speed of each. Without a GPU: in RAM, with the rest on the drive.",
             rich_help_panel=_OUTPUT,
         ),
     ] = False,
@@ -219,7 +220,7 @@ def plan(
             vram=placing.sizes(vram),
             ram=None if ram is None or elsewhere is not None else parse_bytes(ram),
             elsewhere=elsewhere,
-            levels=levels,
+            trace=trace,
             remote=True,
         )
     )

@@ -261,6 +261,7 @@ def run(
     no_op_offload: NoOpOffloadOption = not _SETTINGS.op_offload,
     vram: placing.VramOption = None,
     ram: placing.RamOption = None,
+    trace: placing.TraceOption = None,
     rpc: RpcOption = None,
     # where everything goes
     plan: Annotated[
@@ -332,9 +333,9 @@ def run(
     servers = split_servers(rpc)
     given = None if plan is None else read_plan(plan)
     if given is not None:
-        stated = (settings, undecided, workload, no_calibrate, vram, ram) != (
+        stated = (settings, undecided, workload, no_calibrate, vram, ram, trace) != (
             *(Settings(), Undecided(), None, False),
-            *(None, None),
+            *(None, None, None),
         )
         if manual.given or servers or stated:
             raise UsageError("--plan says the placement and the settings: give it alone, or with the model")
@@ -361,6 +362,7 @@ def run(
                 Measure.NEVER if no_calibrate else Measure.IF_IT_DECIDES,
                 placing.sizes(vram),
                 None if ram is None else parse_bytes(ram),
+                trace=trace,
             ),
             prompt=question,
             system=None if system is None else argument_text(system, "--system"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from tensortier import explain
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from tensortier.levels import Level, Side
+    from tensortier.levels import Level, RamLevel, Side
 
 _BAR = 10  # characters of the longest
 _WIDE = 132  # columns from which on there is room for bars
 _TIGHT = 72  # columns below which the table of memory has no room for padding
 _NARROW = 120  # columns below which tables save space
+_RAM_LEVELS = "A share of the weights in RAM, the rest on the drive"
 _LEVELS = "Whole layers, and the fastest placement of single tensors in the same memory"
 
 
@@ -141,24 +143,32 @@ def _explain(planned: Planned, out: Console) -> None:
         _say(out, "", "Assumed:", *(f"  {note}" for note in found.notes))
 
 
-def levels_of(planned: Planned) -> tuple[Level, ...]:
-    """The offload slider, for the settings of the plan. Raises UsageError where no speed is known."""
-    from tensortier import levels
+def levels_of(planned: Planned) -> tuple[Level, ...] | tuple[RamLevel, ...]:
+    """The offload slider, for the settings of the plan: over a GPU, or over RAM where there is none. Raises UsageError
+    where no speed is known."""
+    from tensortier import levels, memory
 
     if planned.rates is None:
         raise UsageError(
             "--levels compares speeds, and this machine was not measured: leave --no-calibrate out"
         )
-    return levels.levels(
-        planned.model,
-        planned.hardware,
-        planned.plan.settings,
-        workload=planned.workload,
-        rates=planned.rates,
-    )
+    found, asked = planned.plan.settings, planned.wish.settings
+    given = (planned.model, planned.hardware)
+    over_gpus = levels.levels(*given, found, workload=planned.workload, rates=planned.rates)
+    if over_gpus:
+        return over_gpus
+    with nullcontext(planned.answers) if planned.answers is not None else memory.Probe() as answers:
+        return levels.ram_levels(
+            *given,
+            replace(found, load_mode=asked.load_mode, repack=asked.repack),
+            workload=planned.workload,
+            rates=planned.rates,
+            answers=answers,
+            hits=planned.hits,
+        )
 
 
-def levels_json(planned: Planned, found: Sequence[Level]) -> dict[str, Any]:
+def levels_json(planned: Planned, found: Sequence[Level] | Sequence[RamLevel]) -> dict[str, Any]:
     """The same as JSON types."""
     return {
         "model": planned.plan.model,
@@ -168,11 +178,25 @@ def levels_json(planned: Planned, found: Sequence[Level]) -> dict[str, Any]:
     }
 
 
-def levels(planned: Planned, found: Sequence[Level], out: Console) -> None:
-    """Whole layers on the left, the fastest placement in the same memory on the right."""
+def levels(planned: Planned, found: tuple[Level, ...] | tuple[RamLevel, ...], out: Console) -> None:
+    """Of GPUs whole layers on the left, the fastest placement in the same memory on the right; of RAM one way."""
+    from tensortier.levels import Level, RamLevel
+
     name = planned.model.name or planned.plan.model
     _say(out, f"{name}: {readable_size(planned.model.nbytes)} of weights", *summary(planned))
     bars = out.width >= _WIDE
+    over_gpus = tuple(level for level in found if isinstance(level, Level))
+    over_ram = tuple(level for level in found if isinstance(level, RamLevel))
+    out.print(_gpu_levels(over_gpus, out, bars) if over_gpus else _ram_levels(over_ram, out, bars))
+    estimate = planned.plan.estimate
+    if estimate is not None:
+        _say(out, f"{'GiB and ' if over_gpus else ''}tokens/s; {explain.provenance(estimate)}")
+        decode = explain.speed(estimate.decode_tokens_per_second, estimate.decode_interval)
+        _say(out, f"the plan for what is free: {'; '.join(planned.plan.reasons[:1])}; decode {decode}")
+    _say(out, *(f"warning: {w}" for w in warnings(planned)))
+
+
+def _gpu_levels(found: Sequence[Level], out: Console, bars: bool) -> Table:
     columns = ("VRAM", "RAM", "prefill", "decode", *([""] if bars else []))
     sides = [f"{kind}\n{column}" if column else "" for kind in ("layers", "single") for column in columns]
     table = _table(_LEVELS, "on the\nGPU", "layers", *sides, "fits")
@@ -182,13 +206,29 @@ def levels(planned: Planned, found: Sequence[Level], out: Console) -> None:
         cells = [cell for side in _sides(level) for cell in _side(side, best if bars else None)]
         fits = "yes" if all(side.fits for side in _sides(level)) else "no"
         table.add_row(f"{level.share:.0%}", str(level.layers), *cells, fits)
-    out.print(table)
-    estimate = planned.plan.estimate
-    if estimate is not None:
-        _say(out, f"GiB and tokens/s; {explain.provenance(estimate)}")
-        decode = explain.speed(estimate.decode_tokens_per_second, estimate.decode_interval)
-        _say(out, f"the plan for what is free: {'; '.join(planned.plan.reasons[:1])}; decode {decode}")
-    _say(out, *(f"warning: {w}" for w in warnings(planned)))
+    return table
+
+
+def _ram_levels(found: Sequence[RamLevel], out: Console, bars: bool) -> Table:
+    table = _table(_RAM_LEVELS, "in RAM", "RAM", "drive", "prefill", "decode", *([""] if bars else []), "fits")
+    table.padding = (0, 0) if out.width < _TIGHT else (0, 1)
+    best = max(level.estimate.decode_tokens_per_second for level in found)
+    for level in found:
+        decode = level.estimate.decode_tokens_per_second
+        table.add_row(
+            f"{level.share:.0%}",
+            explain.gib(level.ram),
+            explain.gib(level.drive_bytes),
+            explain.figure(level.estimate.prefill_tokens_per_second),
+            explain.figure(decode),
+            *([_bar(decode, best)] if bars else []),
+            "yes" if level.fits else "no",
+        )
+    return table
+
+
+def _bar(speed: float, best: float) -> str:
+    return "#" * max(1, round(_BAR * speed / best))
 
 
 def _sides(level: Level) -> tuple[Side, Side]:
@@ -205,5 +245,5 @@ def _side(side: Side, best: float | None) -> tuple[str, ...]:
         f"{ram / 2**30:.1f}",
         explain.figure(side.estimate.prefill_tokens_per_second),
         explain.figure(decode),
-        *([] if best is None else ["#" * max(1, round(_BAR * decode / best))]),
+        *([] if best is None else [_bar(decode, best)]),
     )
