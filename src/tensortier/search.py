@@ -73,6 +73,14 @@ class Search:
         self.choices = tuple(choices)
         self._formulas = memory.Formulas(model, budget.free, budget.helpers)
         self._more: dict[str, int] = {}
+        self._costs: dict[Settings, cost.Costs] = {}
+
+    def costs(self, settings: Settings) -> cost.Costs:
+        """Times of the parts, which remember what they were asked."""
+        if settings not in self._costs:
+            devices = tuple(self.budget.room)
+            self._costs[settings] = cost.Costs(self.model, self.rates, settings, self.workload, devices)
+        return self._costs[settings]
 
     def question(self, settings: Settings) -> Question:
         plan = dataclasses.replace(self.start, settings=settings)
@@ -87,6 +95,8 @@ class Search:
         budget = dataclasses.replace(self.budget, room=room, ram=self.budget.ram if ram is None else ram)
         other = Search(self.model, budget, self.start, self.workload, self.rates, self.choices)
         other._more = self._more
+        if tuple(room) == tuple(self.budget.room):  # times do not depend on how much room there is
+            other._costs = self._costs
         return other
 
     def compare_with(self, exact: memory.Answers) -> None:
@@ -161,7 +171,7 @@ class Search:
         """The optimum of the best choice of settings."""
         best: Option | None = None
         for settings in self.choices:
-            costs = cost.Costs(self.model, self.rates, settings, self.workload, tuple(self.budget.room))
+            costs = self.costs(settings)
             # by how much another choice would have to be faster to be taken
             handicap = self.handicap(settings)
             cutoff = None if best is None else best.seconds * self.handicap(best.settings) / handicap

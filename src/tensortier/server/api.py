@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -94,7 +94,7 @@ def router(
         loaded = {one.name: one.phase for one in host.state()}
         return {
             "models": [_model_json(m, loaded.get(m.name)) for m in await host.look()],
-            "served": host.served.name,
+            "served": None if host.served is None else host.served.name,
             "downloads": manager is not None,
         }
 
@@ -154,7 +154,11 @@ def router(
             return {
                 "state": {"models": [_loaded_json(one, plans) for one in host.state()]},
                 "stats": {"models": live.of(host.state())},
-                "downloads": {"downloads": [] if manager is None else _rows(manager.state())},
+                "downloads": {
+                    "downloads": []
+                    if manager is None
+                    else [dataclasses.asdict(row) for row in manager.state()]
+                },
                 "measuring": measurement.state(),
             }
 
@@ -183,7 +187,22 @@ def _add_downloads(api: APIRouter, manager: downloads.Manager) -> None:
         if not q.strip() or len(q) > 200:
             raise UsageError("a search needs some words, and not more than 200 characters")
         found = await asyncio.to_thread(hub.search, q, _FOUND)
-        return {"models": _rows(found)}
+        return {
+            "models": [
+                {
+                    "repo": model.repo,
+                    "downloads": model.downloads,
+                    "likes": model.likes,
+                    "gated": model.gated,
+                    "error": model.error,
+                    "files": [
+                        {"label": c.name, "name": c.files[0].name, "size": c.size, "missing": c.missing}
+                        for c in hub.choices(model)
+                    ],
+                }
+                for model in found
+            ]
+        }
 
     @api.post("/downloads", status_code=202)
     async def download(asked: _DownloadAsked) -> Any:
@@ -293,12 +312,3 @@ def _loaded_json(one: Loaded, plans: Plans) -> dict[str, Any]:
         else [[r.device, r.weights_bytes, r.kv_bytes, r.compute_bytes] for r in one.plan.memory],
         "context": None if one.plan is None else one.plan.settings.n_ctx,
     }
-
-
-def _rows(found: Sequence[Any]) -> list[dict[str, Any]]:
-    """Dataclasses as JSON types."""
-    return [_plain(dataclasses.asdict(row)) for row in found]
-
-
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: str(value) if hasattr(value, "as_posix") else value for key, value in row.items()}

@@ -244,6 +244,9 @@ def _curve_json(choice: Choice, base: Base, curve: Curve | None) -> dict[str, An
             }
             for step in curve.steps
         ],
+        "stairs": []
+        if curve is None
+        else [{"budget": stair.budget, **_estimate_json(stair.estimate)} for stair in curve.stairs],
         "tensors": [[t.name, t.role.value, t.layer, t.nbytes, t.qtype] for t in model.tensors],
         "reasons": base.plan.reasons,
         "warnings": base.plan.warnings,

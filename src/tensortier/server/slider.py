@@ -76,12 +76,21 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stair:
+    """A number of whole layers on the GPUs."""
+
+    budget: int  # bytes of VRAM
+    estimate: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
 class Curve:
     kind: str  # VRAM or RAM: what the budget is of
     devices: tuple[str, ...]
     free: int  # bytes that can be given to the model
     needed: int  # bytes with which everything is there
     steps: tuple[Step, ...]
+    stairs: tuple[Stair, ...] = ()  # every number of whole layers, from none; none without a GPU
 
 
 def base(wish: Wish, machine: Hardware, rates: Rates | None, answers: memory.Answers) -> Base:
@@ -197,7 +206,8 @@ def _over_vram(search: Search) -> Curve:
         steps.append(
             Step(budget, budget <= free, _on_the_drive(search, by_tensors), _side(search, by_layers))
         )
-    return Curve(VRAM, tuple(whole.room), free, needed, tuple(steps))
+    stairs = tuple(Stair(_on_devices(o, whole), o.estimate) for o in layers)
+    return Curve(VRAM, tuple(whole.room), free, needed, tuple(steps), stairs)
 
 
 def _best_within(search: Search, room: Mapping[str, int], by_layers: Option) -> Option:

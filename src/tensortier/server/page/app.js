@@ -1,0 +1,363 @@
+// The page: what is chosen, what the server tells, and which part shows it.
+
+import { Bars, showFigures } from "./bars.js";
+import { Chat } from "./chat.js";
+import { CurveView, table } from "./curve.js";
+import { $, el, setList, setText } from "./dom.js";
+import { Exporting } from "./exporting.js";
+import { Finding } from "./finding.js";
+import { bytes, digits } from "./format.js";
+import { TensorMap } from "./map.js";
+import { get, onKeyNeeded, post, stream } from "./server.js";
+
+const CONTEXTS = [2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144];
+const RETRY_MS = 1500; // before a stream of events that ended is asked for again
+
+const page = {
+  models: [],
+  machine: null,
+  served: null, // the model that the server is told to serve
+  curve: null,
+  step: 0,
+  speed: "decode",
+  plans: new Map(), // step -> promise of its plan
+  asking: null, // the AbortController of the curve under way
+  loaded: [], // as the server tells
+  applied: null, // {id, curve, step} of the plan that was applied here
+};
+
+const bars = new Bars($("bars"));
+const map = new TensorMap($("map"), $("map-legend"), $("map-reason"));
+const curveView = new CurveView($("curve"), $("curve-legend"), (step) => {
+  $("budget").value = step;
+  moveTo(step);
+});
+const chat = new Chat(() => ready()?.model ?? ($("model").disabled ? null : $("model").value));
+const finding = new Finding(onDownloaded, announce);
+new Exporting(planHere, complain);
+
+// --- what is chosen
+
+function choice() {
+  const asked = { model: $("model").value };
+  if ($("context").value) asked.context = Number($("context").value);
+  if ($("kv").value) asked.kv = $("kv").value;
+  if ($("workload").value) asked.workload = $("workload").value;
+  return asked;
+}
+
+async function loadModels(select) {
+  const found = await get("api/models");
+  page.models = found.models;
+  page.served = found.served;
+  $("find").hidden = !found.downloads;
+  const list = $("model");
+  const wanted = select ?? (list.disabled ? found.served : list.value);
+  list.replaceChildren(...page.models.map((m) => el("option", { value: m.id, disabled: Boolean(m.error), text: m.error ? `${m.id}: ${m.error}` : `${m.id} (${[m.quantization, bytes(m.size)].join(", ")})` })));
+  const known = page.models.find((m) => m.id === wanted && !m.error) ?? page.models.find((m) => !m.error);
+  list.disabled = !known;
+  if (known) list.value = known.id;
+  else list.replaceChildren(el("option", { text: "No model on this machine yet" }));
+}
+
+async function onDownloaded() {
+  await loadModels().catch((error) => complain(error.message));
+}
+
+function showMachine(machine) {
+  page.machine = machine;
+  const gpus = machine.gpus.map((g) => `${g.description || g.name} with ${bytes(g.total)}`);
+  const parts = [machine.cpu, `${bytes(machine.ram_total)} of RAM`, ...(gpus.length ? gpus : ["no GPU"])];
+  setText($("machine"), parts.join(" · "));
+  const workload = $("workload");
+  const told = { chat: "chat", code: "code", "long-document": "long documents", agent: "agents" };
+  workload.replaceChildren(...Object.entries(machine.workloads).map(([name, w]) => el("option", { value: name, text: `${told[name] ?? name} (${w.prompt} + ${w.output} tokens)` })));
+  setText($("measure-seconds"), String(machine.measure_seconds));
+  for (const warning of machine.warnings) complain(warning);
+}
+
+function offerContexts(model) {
+  const list = $("context");
+  const before = list.value;
+  const lengths = CONTEXTS.filter((n) => !model.context_length || n <= model.context_length);
+  if (model.context_length && !lengths.includes(model.context_length)) lengths.push(model.context_length);
+  list.replaceChildren(el("option", { value: "", text: "as needed" }), ...lengths.map((n) => el("option", { value: n, text: n.toLocaleString("en") })));
+  if (lengths.includes(Number(before))) list.value = before;
+}
+
+// --- the curve
+
+async function askForCurve() {
+  page.asking?.abort();
+  const asking = (page.asking = new AbortController());
+  $("slider").classList.add("stale");
+  $("slider").setAttribute("aria-busy", "true");
+  complain("");
+  try {
+    const curve = await post("api/slider", choice(), { signal: asking.signal });
+    if (asking === page.asking) showCurve(curve);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    page.curve = null;
+    for (const id of ["slider", "apply-row", "why", "curve-section", "map-section", "measure"]) $(id).hidden = true;
+    complain(error.message);
+  } finally {
+    if (asking === page.asking) {
+      $("slider").classList.remove("stale");
+      $("slider").removeAttribute("aria-busy");
+    }
+  }
+}
+
+function showCurve(curve) {
+  const changed = page.curve?.model.id !== curve.model.id || page.curve?.tensors.length !== curve.tensors.length;
+  page.curve = curve;
+  page.plans = new Map();
+  offerContexts(curve.model);
+  const there = curve.steps.length > 0;
+  $("measure").hidden = curve.measured;
+  $("apply-row").hidden = false;
+  $("why").hidden = false;
+  for (const id of ["slider", "curve-section", "map-section"]) $(id).hidden = !there;
+  if (!there) {
+    showWhy(curve.reasons, curve.warnings);
+    showLoads();
+    return;
+  }
+  const fitting = curve.steps.filter((s) => s.fits).length;
+  page.step = Math.max(0, fitting - 1);
+  const slider = $("budget");
+  slider.max = page.step;
+  slider.disabled = page.step < 1;
+  slider.value = page.step;
+  const kind = curve.kind === "vram" ? "VRAM" : "RAM";
+  setText($("budget-label"), `${kind} for the model`);
+  setText($("budget-least"), bytes(curve.steps[0].budget));
+  setText($("budget-most"), `${bytes(curve.steps[page.step].budget)}${curve.needed <= curve.free ? ", all of it" : `, all that is free; ${bytes(curve.needed)} would hold all`}`);
+  if (changed || !map.tensors) map.build(curve);
+  curveView.draw(curve, page.speed);
+  drawTable();
+  moveTo(page.step);
+}
+
+/** Everything that follows the slider. Nothing is asked of the server here. */
+function moveTo(index) {
+  page.step = Number(index);
+  const { curve } = page;
+  const step = curve.steps[page.step];
+  const text = `${bytes(step.budget)} of ${curve.kind === "vram" ? "VRAM" : "RAM"}`;
+  setText($("budget-text"), bytes(step.budget));
+  $("budget").setAttribute("aria-valuetext", `${text}, ${digits(step.tensors.decode[0])} tokens per second`);
+  showFigures($("figures"), curve, step);
+  bars.show(curve, step.tensors.memory, step.tensors.drive);
+  map.show(curve, step.tensors.places, step.tensors.map);
+  curveView.mark(step);
+  showWhy(page.step === Number($("budget").max) ? curve.reasons : [], page.step === Number($("budget").max) ? curve.warnings : []);
+  showLoads();
+}
+
+function drawTable() {
+  const details = $("curve-table");
+  if (details.open && page.curve?.steps.length) details.querySelector(".scroll").replaceChildren(table(page.curve));
+}
+
+function showWhy(reasons, warnings) {
+  const node = $("why-text");
+  if (!reasons.length && !warnings.length) {
+    node.replaceChildren(el("button", { type: "button", text: "Plan it exactly", onclick: explain }));
+    return;
+  }
+  const list = (rows, kind) => (rows.length ? el("ul", { class: kind }, ...rows.map((text) => el("li", { text }))) : null);
+  node.replaceChildren(...[list(reasons, "reasons"), list(warnings, "warnings")].filter(Boolean));
+}
+
+async function explain() {
+  setText($("why-text"), "Planning …");
+  const step = page.step;
+  try {
+    const plan = await planHere();
+    if (step === page.step) showWhy(plan.reasons, plan.warnings);
+  } catch (error) {
+    setText($("why-text"), error.message);
+  }
+}
+
+/** The exact plan for the slider's position, asked for once. */
+function planHere() {
+  const { curve, step } = page;
+  if (!curve) return Promise.reject(new Error("Choose a model first."));
+  if (!page.plans.has(step)) {
+    const whole = !curve.steps.length || step === Number($("budget").max);
+    const asked = post("api/plan", { ...choice(), budget: whole ? null : curve.steps[step].budget });
+    asked.catch(() => page.plans.delete(step));
+    page.plans.set(step, asked);
+  }
+  return page.plans.get(step);
+}
+
+// --- loading
+
+function ready() {
+  return page.loaded.find((one) => one.phase === "ready") ?? null;
+}
+
+async function apply() {
+  $("apply").disabled = true;
+  setText($("load-text"), "planning …");
+  $("load").hidden = false;
+  $("load-progress").removeAttribute("value");
+  try {
+    const { curve, step } = page;
+    const plan = await planHere();
+    if (step === page.step) showWhy(plan.reasons, plan.warnings);
+    page.applied = { id: plan.id, curve, step };
+    await post("api/load", { plan: plan.id });
+  } catch (error) {
+    page.applied = null;
+    $("apply").disabled = false;
+    $("load").hidden = true;
+    complain(error.message);
+  }
+}
+
+const PHASES = { planning: "planning", loading: "loading", unloading: "freeing memory", ready: "ready", failed: "failed" };
+
+function showLoads() {
+  const chosen = page.curve?.model.id;
+  const now = page.loaded.find((one) => one.phase !== "unloading") ?? page.loaded[0];
+  const pill = $("state");
+  setText(pill, now ? `${now.model}: ${PHASES[now.phase]}${now.phase === "loading" ? ` ${Math.round(100 * now.fraction)} %` : ""}` : "no model loaded");
+  pill.className = `pill ${now?.phase ?? "none"}`;
+  setText($("chat-model"), now ? `with ${now.model}` : "");
+  const mine = page.loaded.find((one) => one.model === chosen && one.phase !== "unloading");
+  const busy = mine && (mine.phase === "planning" || mine.phase === "loading");
+  $("apply").disabled = Boolean(busy) || !page.curve;
+  $("load").hidden = !mine || mine.phase === "unloading";
+  if (!mine) return;
+  const bar = $("load-progress");
+  bar.hidden = !busy;
+  if (mine.phase === "loading") bar.value = mine.fraction;
+  else bar.removeAttribute("value");
+  const ours = page.applied?.id === mine.plan;
+  const here = ours && page.applied.curve === page.curve && page.applied.step === page.step;
+  const told = {
+    planning: "planning …",
+    loading: `loading, ${Math.round(100 * mine.fraction)} %`,
+    ready: here ? "this plan is in use" : ours ? "in use with another position" : "in use, as the server planned it",
+    failed: mine.error,
+  };
+  setText($("load-text"), told[mine.phase] ?? "");
+  $("load-text").className = mine.phase === "failed" ? "error" : "";
+}
+
+function showLive(models) {
+  const node = $("live");
+  node.hidden = !models.length;
+  const rows = models.flatMap((m) => {
+    const found = [
+      ["tokens/s", digits(m.tokens_per_second)],
+      ["answers", m.waiting ? `${m.active} + ${m.waiting} waiting` : String(m.active)],
+      ["context", `${Math.round((100 * m.context_used) / Math.max(1, m.context))} %`],
+    ];
+    if (m.drive) {
+      found.push(["from RAM", m.drive.hit_rate === null ? "–" : `${Math.round(100 * m.drive.hit_rate)} %`]);
+      found.push(["drive", `${digits(m.drive.bytes_per_second / 1e6)} MB/s`]);
+    }
+    return found;
+  });
+  setList(node, rows);
+}
+
+// --- words
+
+function complain(text) {
+  $("notice").replaceChildren(...(text ? [el("p", { class: "notice error", text })] : []));
+}
+
+function announce(text) {
+  setText($("state"), text);
+}
+
+// --- events
+
+const HEARD = {
+  state: ({ models }) => {
+    const before = ready()?.model;
+    page.loaded = models;
+    showLoads();
+    if (ready() && ready().model !== before) announce(`${ready().model}: ready`);
+  },
+  stats: ({ models }) => showLive(models),
+  downloads: ({ downloads }) => finding.show(downloads),
+  measuring: ({ fraction, warnings }) => {
+    const running = fraction !== null;
+    const ended = page.measuring && !running;
+    page.measuring = running;
+    $("measure-progress").hidden = !running;
+    $("measure-progress").value = fraction ?? 0;
+    $("measure-start").disabled = running;
+    for (const warning of warnings) complain(warning);
+    if (ended) askForCurve();
+  },
+};
+
+async function listen() {
+  for (;;) {
+    try {
+      for await (const { event, data } of stream("api/events")) HEARD[event]?.(JSON.parse(data));
+    } catch (error) {
+      setText($("state"), error.status === 0 ? "the server does not answer" : error.message);
+      $("state").className = "pill failed";
+    }
+    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+  }
+}
+
+// --- begin
+
+function askForKey() {
+  const dialog = $("key-dialog");
+  $("key").value = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    $("key-form").addEventListener("submit", () => resolve($("key").value), { once: true });
+  });
+}
+
+function wire() {
+  onKeyNeeded(askForKey);
+  $("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
+  for (const id of ["model", "context", "kv", "workload"]) {
+    $(id).addEventListener("change", () => {
+      if (id === "model") page.applied = null;
+      askForCurve();
+    });
+  }
+  $("choices").addEventListener("submit", (event) => event.preventDefault());
+  $("budget").addEventListener("input", (event) => moveTo(event.target.value));
+  $("apply").addEventListener("click", apply);
+  $("measure-start").addEventListener("click", () => post("api/measure", {}).catch((error) => complain(error.message)));
+  $("curve-table").addEventListener("toggle", drawTable);
+  for (const radio of document.querySelectorAll("input[name=speed]")) {
+    radio.addEventListener("change", () => {
+      page.speed = radio.value;
+      curveView.draw(page.curve, page.speed);
+      curveView.mark(page.curve.steps[page.step]);
+    });
+  }
+  for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close());
+}
+
+async function begin() {
+  wire();
+  listen();
+  try {
+    const [machine] = await Promise.all([get("api/machine"), loadModels()]);
+    showMachine(machine);
+    if (!$("model").disabled) await askForCurve();
+  } catch (error) {
+    complain(error.message);
+  }
+}
+
+begin();

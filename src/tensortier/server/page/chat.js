@@ -1,0 +1,247 @@
+// The conversation: streamed, stopped, edited, made again. Answers are rendered as Markdown while they come.
+
+import { $, el, setText } from "./dom.js";
+import { digits } from "./format.js";
+import { render } from "./markdown.js";
+import { streamPost } from "./server.js";
+
+const RENDER_MS = 60; // between renderings of an answer that grows
+
+export class Chat {
+  /** `model()` gives the name of the model to talk to, or null. */
+  constructor(model) {
+    this.model = model;
+    this.messages = []; // {role, content, node, stats}
+    this.running = null; // the AbortController of the answer under way
+    this.list = $("messages");
+    this.status = $("chat-status");
+    $("chat-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.send();
+    });
+    $("chat-input").addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+        event.preventDefault();
+        this.send();
+      } else if (event.key === "Escape" && this.running) this.stop();
+    });
+    $("stop").addEventListener("click", () => this.stop());
+    $("chat-clear").addEventListener("click", () => this.clear());
+    this.list.addEventListener("click", (event) => {
+      const source = event.target.closest?.("[data-copy]");
+      if (source) copy(source.dataset.copy, (text) => this.say(text));
+    });
+  }
+
+  say(text) {
+    setText(this.status, text);
+  }
+
+  clear() {
+    this.stop();
+    this.messages = [];
+    this.list.replaceChildren($("chat-empty") ?? el("p", { class: "empty", id: "chat-empty", text: "Nothing said yet." }));
+    $("chat-input").focus();
+  }
+
+  send() {
+    const input = $("chat-input");
+    const text = input.value.trim();
+    if (!text || this.running) return;
+    input.value = "";
+    this.#add("user", text);
+    this.#answer();
+  }
+
+  stop() {
+    this.running?.abort();
+  }
+
+  /** Drops everything from message `index` on and answers what is before it again. */
+  regenerate(index) {
+    if (this.running) return;
+    this.#cut(index);
+    this.#answer();
+  }
+
+  #cut(index) {
+    for (const message of this.messages.splice(index)) message.node.remove();
+  }
+
+  #add(role, content) {
+    $("chat-empty")?.remove();
+    const message = { role, content };
+    message.body = el("div", { class: "message-body" });
+    message.foot = el("div", { class: "message-foot" });
+    const who = role === "user" ? "You" : this.model() ?? "Model";
+    message.node = el("article", { class: `message ${role}`, "aria-label": who }, el("h3", { class: "message-who", text: who }), message.body, message.foot);
+    this.messages.push(message);
+    this.list.append(message.node);
+    if (role === "user") {
+      message.body.textContent = content;
+      message.foot.append(el("button", { type: "button", class: "quiet", text: "Edit", onclick: () => this.#edit(message) }));
+    }
+    this.#scroll(true);
+    return message;
+  }
+
+  #edit(message) {
+    if (this.running || message.body.querySelector("textarea")) return;
+    const field = el("textarea", { rows: Math.min(10, message.content.split("\n").length + 1), "aria-label": "Your message" });
+    field.value = message.content;
+    const leave = () => {
+      message.body.textContent = message.content;
+    };
+    const send = () => {
+      const text = field.value.trim();
+      if (!text || this.running) return;
+      message.content = text;
+      leave();
+      this.regenerate(this.messages.indexOf(message) + 1);
+    };
+    field.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") leave();
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+        event.preventDefault();
+        send();
+      }
+    });
+    message.body.replaceChildren(
+      field,
+      el("div", { class: "actions" }, el("button", { type: "button", class: "primary", text: "Send again", onclick: send }), el("button", { type: "button", text: "Cancel", onclick: leave })),
+    );
+    field.focus();
+  }
+
+  #request() {
+    const messages = this.messages.map(({ role, content }) => ({ role, content: role === "assistant" ? visible(content).answer : content }));
+    const system = $("system").value.trim();
+    if (system) messages.unshift({ role: "system", content: system });
+    const request = { model: this.model(), messages, stream: true, stream_options: { include_usage: true } };
+    const temperature = $("temperature").valueAsNumber;
+    if (Number.isFinite(temperature)) request.temperature = Math.min(2, Math.max(0, temperature));
+    const most = $("max-tokens").valueAsNumber;
+    if (Number.isFinite(most) && most >= 1) request.max_tokens = Math.floor(most);
+    return request;
+  }
+
+  async #answer() {
+    if (!this.model()) {
+      this.say("Choose a model first.");
+      return;
+    }
+    const request = this.#request();
+    const message = this.#add("assistant", "");
+    message.node.classList.add("running");
+    message.node.setAttribute("aria-busy", "true");
+    this.#busy(true);
+    this.running = new AbortController();
+    const began = performance.now();
+    let [first, pieces, usage, ended, drawn] = [0, 0, null, null, 0];
+    const draw = (now) => {
+      drawn = now;
+      show(message);
+      this.#scroll();
+    };
+    try {
+      for await (const { data } of streamPost("v1/chat/completions", request, this.running.signal)) {
+        if (data === "[DONE]") break;
+        const chunk = JSON.parse(data);
+        if (chunk.error) throw new Error(chunk.error.message);
+        usage = chunk.usage ?? usage;
+        const choice = chunk.choices?.[0];
+        if (!choice) continue;
+        ended = choice.finish_reason ?? ended;
+        const text = choice.delta?.content;
+        if (!text) continue;
+        const now = performance.now();
+        first ||= now;
+        pieces += 1;
+        message.content += text;
+        if (now - drawn > RENDER_MS) draw(now);
+      }
+      if (!message.content && !ended) throw new Error("the server ended the answer before it began");
+    } catch (error) {
+      if (error.name === "AbortError") ended = "stopped";
+      else {
+        ended = "failed";
+        message.error = error.message;
+      }
+    }
+    this.running = null;
+    draw(performance.now());
+    this.#busy(false);
+    message.node.classList.remove("running");
+    message.node.removeAttribute("aria-busy");
+    this.#foot(message, { began, first, pieces, usage, ended });
+    this.#scroll();
+  }
+
+  #foot(message, { began, first, pieces, usage, ended }) {
+    const tokens = usage?.completion_tokens ?? pieces;
+    const spent = (performance.now() - first) / 1000;
+    const told = [];
+    if (ended === "stopped") told.push("stopped");
+    if (ended === "length") told.push("cut off at the limit");
+    if (first) {
+      told.push(`${tokens} tokens`);
+      if (tokens > 1 && spent > 0) told.push(`${digits((tokens - 1) / spent)} tokens/s`);
+      told.push(`first after ${digits((first - began) / 1000)} s`);
+    }
+    const index = () => this.messages.indexOf(message);
+    message.foot.replaceChildren(
+      el("button", { type: "button", class: "quiet", text: "Regenerate", onclick: () => this.regenerate(index()) }),
+      el("button", { type: "button", class: "quiet", text: "Copy", onclick: () => copy(visible(message.content).answer, (text) => this.say(text)) }),
+      el("span", { class: "muted", text: told.join(" · ") }),
+    );
+    if (message.error) message.body.append(el("p", { class: "error", role: "alert", text: message.error }));
+    this.say({ failed: "The answer failed.", stopped: "Stopped." }[ended] ?? "The answer is complete.");
+  }
+
+  #busy(busy) {
+    $("stop").hidden = !busy;
+    $("send").disabled = busy;
+    if (busy) this.say("The model is answering.");
+  }
+
+  #scroll(always = false) {
+    const { scrollTop, scrollHeight, clientHeight } = this.list;
+    if (always || scrollHeight - scrollTop - clientHeight < 120) this.list.scrollTop = scrollHeight;
+  }
+}
+
+/** What a model thought before it answered, and the answer. */
+function visible(content) {
+  const match = /^\s*<think>(.*?)(?:<\/think>|$)/s.exec(content);
+  return match ? { thought: match[1].trim(), answer: content.slice(match[0].length).trimStart() } : { thought: "", answer: content };
+}
+
+function show(message) {
+  const { thought, answer } = visible(message.content);
+  const open = message.body.querySelector("details.thought")?.open;
+  message.body.replaceChildren(render(answer));
+  if (thought) message.body.prepend(el("details", { class: "thought", open: open || !answer }, el("summary", { text: "Thoughts" }), render(thought)));
+}
+
+/** Text to the clipboard; `say` is told how it went. */
+export async function copy(text, say) {
+  try {
+    if (navigator.clipboard) await navigator.clipboard.writeText(text);
+    else copyOldWay(text); // browsers give the clipboard to https and this machine only
+    say("Copied.");
+    return true;
+  } catch {
+    say("The browser does not allow copying: select the text and copy it yourself.");
+    return false;
+  }
+}
+
+function copyOldWay(text) {
+  const field = el("textarea", { class: "hidden", "aria-hidden": "true" });
+  field.value = text;
+  (document.querySelector("dialog[open]") ?? document.body).append(field);
+  field.select();
+  const done = document.execCommand("copy");
+  field.remove();
+  if (!done) throw new Error("not allowed");
+}

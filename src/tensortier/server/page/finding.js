@@ -1,0 +1,107 @@
+// Search for models on the hub, and their downloads.
+
+import { $, el } from "./dom.js";
+import { bytes, digits } from "./format.js";
+import { get, post, remove } from "./server.js";
+
+const OVER = ["done", "failed", "cancelled"];
+
+export class Finding {
+  /** `onDone(download)` is called once for each download that is complete. */
+  constructor(onDone, announce) {
+    this.onDone = onDone;
+    this.announce = announce;
+    this.rows = new Map();
+    this.done = new Set();
+    this.rates = new Map();
+    $("find").addEventListener("click", () => {
+      $("find-dialog").showModal();
+      $("search").focus();
+    });
+    $("search-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.search($("search").value);
+    });
+  }
+
+  async search(words) {
+    const status = $("search-status");
+    status.textContent = "Searching …";
+    $("found").replaceChildren();
+    try {
+      const { models } = await get(`api/search?q=${encodeURIComponent(words)}`);
+      const usable = models.filter((m) => m.files.length || m.error);
+      status.textContent = usable.length ? `${usable.length} found` : "Nothing with GGUF files was found.";
+      $("found").replaceChildren(...usable.map((model) => this.#repository(model)));
+    } catch (error) {
+      status.textContent = error.message;
+    }
+  }
+
+  #repository(model) {
+    const about = [`${model.downloads.toLocaleString("en")} downloads a month`, `${model.likes} likes`];
+    if (model.gated) about.push("its terms have to be accepted on the hub first");
+    const files = model.files.map((file) => {
+      const button = el("button", { type: "button", text: "Download", "aria-label": `Download ${file.label} of ${model.repo}`, onclick: () => this.#start(model.repo, file.name, button) });
+      return el("li", {}, el("span", { class: "file", text: file.label }), el("span", { class: "muted", text: file.missing ? `${file.missing} parts are missing` : bytes(file.size) }), file.missing ? null : button);
+    });
+    return el("li", {}, el("details", {}, el("summary", {}, el("b", { text: model.repo }), el("span", { class: "muted", text: ` ${about.join(" · ")}` })), model.error ? el("p", { class: "error", text: model.error }) : el("ul", {}, ...files)));
+  }
+
+  async #start(repo, file, button) {
+    button.disabled = true;
+    try {
+      await post("api/downloads", { repo, file });
+      $("search-status").textContent = "The download has begun.";
+    } catch (error) {
+      $("search-status").textContent = error.message;
+    } finally {
+      button.disabled = false;
+    }
+  }
+
+  /** The downloads as the server tells them. */
+  show(downloads) {
+    const node = $("downloads");
+    for (const download of downloads) {
+      let row = this.rows.get(download.id);
+      if (!row) {
+        row = { bar: el("progress", { max: "1", value: "0", "aria-label": `Download of ${download.file}` }), text: el("span", { class: "muted" }) };
+        row.stop = el("button", { type: "button", text: "Stop", "aria-label": `Stop the download of ${download.file}`, onclick: () => remove(`api/downloads/${download.id}`).catch((e) => ($("search-status").textContent = e.message)) });
+        row.again = el("button", { type: "button", text: "Go on", "aria-label": `Go on with the download of ${download.file}`, onclick: () => this.#start(download.repo, download.file, row.again) });
+        row.node = el("div", { class: "download" }, el("b", { text: download.file }), row.bar, row.text, row.stop, row.again);
+        this.rows.set(download.id, row);
+        node.prepend(row.node);
+      }
+      row.bar.value = download.total ? download.done / download.total : 0;
+      row.text.textContent = download.error || `${download.phase}, ${bytes(download.done)} of ${bytes(download.total)}${this.#rate(download)}`;
+      row.text.classList.toggle("error", Boolean(download.error));
+      row.stop.hidden = OVER.includes(download.phase);
+      row.again.hidden = !["failed", "cancelled"].includes(download.phase);
+      if (download.phase === "done" && !this.done.has(download.id)) {
+        this.done.add(download.id);
+        this.announce(`${download.file} is here.`);
+        this.onDone(download);
+      }
+    }
+    const gone = new Set(downloads.map((d) => d.id));
+    for (const [id, row] of this.rows) {
+      if (!gone.has(id)) {
+        row.node.remove();
+        this.rows.delete(id);
+      }
+    }
+  }
+
+  #rate(download) {
+    if (OVER.includes(download.phase)) return "";
+    const now = performance.now();
+    const before = this.rates.get(download.id);
+    if (!before || now - before.at > 1000) {
+      const rate = before ? ((download.done - before.done) / (now - before.at)) * 1000 : 0;
+      this.rates.set(download.id, { at: now, done: download.done, rate });
+    }
+    const { rate } = this.rates.get(download.id);
+    return rate > 0 ? `, ${digits(rate / 1e6)} MB/s` : "";
+  }
+}
