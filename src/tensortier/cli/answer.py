@@ -13,7 +13,7 @@ from tensortier.cli.common import note
 from tensortier.cli.worker import EngineThread
 from tensortier.errors import Cancelled
 from tensortier.explain import readable_size
-from tensortier.types import GenerationStats, Plan
+from tensortier.types import GenerationStats, Plan, TierStats
 
 if TYPE_CHECKING:
     from tensortier.engine import Engine, Request
@@ -82,6 +82,58 @@ def speed_line(stats: GenerationStats) -> str:
     )
 
 
+class DriveMeter:
+    """What answers took of the drive. Nothing is told of a model without weights there."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._before = self._stats()
+
+    def _stats(self) -> TierStats | None:
+        return None if self._engine.paged is None else self._engine.paged.stats()
+
+    def line(self) -> str:
+        """Since the last call, or since the meter was made; behind a speed line, so it begins with a semicolon. Empty
+        where nothing was asked of weights on the drive."""
+        before, after = self._before, self._stats()
+        self._before = after
+        if before is None or after is None:
+            return ""
+        nbytes, busy = (
+            after.drive_bytes - before.drive_bytes,
+            after.drive_busy_seconds - before.drive_busy_seconds,
+        )
+        speed = f" at {nbytes / busy / 1e9:.1f} GB/s" if busy > 0 else ""
+        parts = [f"{readable_size(nbytes)}{speed}"]
+        for what, (hits, uses) in (("experts", _experts(after)), ("other weights", _others(after))):
+            old_hits, old_uses = _experts(before) if what == "experts" else _others(before)
+            if uses > old_uses:
+                parts.append(f"{(hits - old_hits) / (uses - old_uses):.0%} of {what} found in RAM")
+        parts.append(f"{after.stall_seconds - before.stall_seconds:.1f} s waited")
+        return f"; drive: {', '.join(parts)}"
+
+
+def _experts(stats: TierStats) -> tuple[int, int]:
+    """(hits, uses)"""
+    return sum(layer.hits for layer in stats.layers), sum(layer.uses for layer in stats.layers)
+
+
+def _others(stats: TierStats) -> tuple[int, int]:
+    return stats.dense_hits, stats.dense_uses
+
+
+def tier_json(stats: TierStats, *, layers: bool) -> dict[str, Any]:
+    """What reading weights from the drive took and gave since the model was loaded; of each layer with ``layers``."""
+    found = asdict(stats) | {
+        "hit_rate": stats.hit_rate,
+        "stall_seconds": stats.stall_seconds,
+        "drive_bytes_per_second": stats.drive_bytes_per_second,
+    }
+    if not layers:
+        del found["layers"]
+    return found
+
+
 def devices_json(engine: Engine) -> list[dict[str, Any]]:
     """Per device what the plan said and what llama.cpp allocated, in bytes."""
 
@@ -96,9 +148,9 @@ def devices_json(engine: Engine) -> list[dict[str, Any]]:
     ]
 
 
-def answer_json(engine: Engine, plan: Plan, answer: Answer) -> str:
-    """The one object that ``run --json`` prints."""
-    stats = answer.stats
+def answer_json(engine: Engine, plan: Plan, answer: Answer, *, layers: bool = False) -> str:
+    """The one object that ``run --json`` prints; with ``layers`` also what each layer took of the drive."""
+    stats, paged = answer.stats, engine.paged
     return json.dumps(
         {
             "model": plan.model,
@@ -114,6 +166,7 @@ def answer_json(engine: Engine, plan: Plan, answer: Answer) -> str:
             "load_seconds": engine.load_seconds,
             "context": engine.n_ctx,
             "devices": devices_json(engine),
+            "tier": None if paged is None else tier_json(paged.stats(), layers=layers),
             "estimate": None if plan.estimate is None else asdict(plan.estimate),
             "reasons": list(plan.reasons),
             "warnings": list(plan.warnings),

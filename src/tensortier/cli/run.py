@@ -109,7 +109,8 @@ def run(
         bool,
         typer.Option(
             "--json",
-            help="Print only one object at the end on standard output: text, speeds, bytes per device.",
+            help="Print only one object at the end on standard output: text, speeds, bytes per device, what was read "
+            "from the drive (with --verbose also of each layer).",
             rich_help_panel=_PROMPT,
         ),
     ] = False,

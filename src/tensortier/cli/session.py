@@ -17,6 +17,7 @@ import typer
 from tensortier.chat import Chat, Conversation, Message, Reply
 from tensortier.cli.answer import (
     Answer,
+    DriveMeter,
     answer_json,
     memory_lines,
     print_plan,
@@ -189,6 +190,7 @@ def _load(plan: Plan, worker: EngineThread, request: Request) -> Engine:
 
 
 def _one_shot(engine: Engine, worker: EngineThread, plan: Plan, request: Request, prompt: str) -> None:
+    drive = DriveMeter(engine)
     if request.raw:
         ask = partial(engine.complete, prompt, request.sampling)
     else:
@@ -197,9 +199,9 @@ def _one_shot(engine: Engine, worker: EngineThread, plan: Plan, request: Request
         ask = partial(engine.chat, messages, request.sampling)
     answer = stream_answer(worker, ask, show=not request.json)
     if request.json:
-        print(answer_json(engine, plan, answer))
+        print(answer_json(engine, plan, answer, layers=request.verbose))
     if not request.quiet:
-        note(speed_line(answer.stats))
+        note(speed_line(answer.stats) + drive.line())
     if answer.cancelled:
         note("tensortier: interrupted")
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -207,6 +209,7 @@ def _one_shot(engine: Engine, worker: EngineThread, plan: Plan, request: Request
 
 def _chat(engine: Engine, worker: EngineThread, request: Request) -> None:
     latest: Answer | None = None
+    drive = DriveMeter(engine)
 
     def answer(messages: list[Message]) -> Reply:
         nonlocal latest
@@ -214,7 +217,7 @@ def _chat(engine: Engine, worker: EngineThread, request: Request) -> None:
         ask = partial(engine.chat, list(messages), request.sampling)
         latest = stream_answer(worker, ask, show=True)
         if not request.quiet:
-            note(speed_line(latest.stats) + ("; interrupted" if latest.cancelled else ""))
+            note(speed_line(latest.stats) + drive.line() + ("; interrupted" if latest.cancelled else ""))
         return Reply(latest.text, latest.cancelled)
 
     def stats() -> list[str]:
