@@ -26,6 +26,7 @@ MAX_SEARCH = 100
 _AT_ONCE = 8  # requests
 _PATIENCE = 3  # attempts when the hub is busy
 _LONGEST_WAIT = 60.0  # seconds between them
+PAUSE = 5.0  # seconds, where a busy server does not say how long
 
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -309,8 +310,8 @@ def _get(path: str, what: str, patience: int, wait: Callable[[float, str], None]
 def retry_after(error: urllib.error.HTTPError) -> float | None:
     """Seconds after which a busy server wants to be asked again; None for errors that do not pass.
 
-    ``Retry-After`` in seconds or as a date, or ``RateLimit: ...;r=0;t=SECONDS`` as the hub sends it; 5 where it
-    says nothing.
+    ``Retry-After`` in seconds or as a date, or ``RateLimit: ...;r=0;t=SECONDS`` as the hub sends it; ``PAUSE``
+    where it says nothing.
     """
     if error.code not in (408, 429, 500, 502, 503, 504):
         return None
@@ -323,6 +324,6 @@ def retry_after(error: urllib.error.HTTPError) -> float | None:
         try:
             return max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
         except (ValueError, OverflowError):
-            return 5.0
+            return PAUSE
     limited = re.search(r";\s*t=([0-9]{1,6})", error.headers.get("RateLimit") or "")
-    return float(limited[1]) if limited else 5.0
+    return float(limited[1]) if limited else PAUSE

@@ -41,8 +41,8 @@ class Download:
     """Some files of one repository, fetched by ``run``.
 
     ``progress(done, total)`` is called on the thread of ``run``, often, with bytes of all files together;
-    ``say(text)`` gets a line when something unusual happens: a retry, a restart. ``phase`` is "waiting" (for another
-    process), "checking" (what is here already), "downloading" or "done".
+    ``say(text)`` gets a line when something unusual happens: a retry, a restart. ``phase`` is "queued",
+    "waiting" (for another process), "checking" (what is here already), "downloading" or "done".
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Download:
         self.targets = tuple(target(self.folder, f.name) for f in files)
         self.total = sum(f.size for f in files)
         self.transferred = 0  # bytes that came over the network
-        self.phase = "waiting"
+        self.phase = "queued"
         self._progress = progress or (lambda _done, _total: None)
         self._say = say or (lambda _line: None)
         self._cancelled = threading.Event()
@@ -133,6 +133,7 @@ class Download:
         self._sleep(0.2)
 
     def _sleep(self, seconds: float) -> None:
+        """Raises Cancelled as soon as it was cancelled, with 0 at once or not at all."""
         if self._cancelled.wait(seconds):
             raise self._stopped()
 
@@ -169,8 +170,7 @@ class Download:
     def _read(self, path: Path, digest: _Digest) -> None:
         with path.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
-                if self._cancelled.is_set():
-                    raise self._stopped()
+                self._sleep(0)
                 digest.update(chunk)
                 self._progress(self._before + digest.done, self.total)
 
@@ -186,6 +186,7 @@ class Download:
             if digest.is_right():
                 break
             part.unlink()
+            part.with_name(part.name + RECORD).unlink()
             if not resumed or whole:
                 raise DownloadError(
                     f"{file.name}: what arrived is not what the hub has (SHA-256 {digest.sha256()} instead of "
@@ -218,6 +219,7 @@ class Download:
         failures, mark = 0, digest.done
         begun = digest.done
         while digest.done < file.size:
+            self._sleep(0)  # raises when it was cancelled
             begun = digest.done
             try:
                 begun = self._request(file, part, digest)
@@ -234,8 +236,7 @@ class Download:
                 why, wait = f"the hub cannot be reached: {exc.reason}", None
             except (_ConnectionFailed, HTTPException) as exc:
                 why, wait = f"the connection failed: {exc}", None
-            if self._cancelled.is_set():
-                raise self._stopped()
+            self._sleep(0)
             if digest.done >= file.size:
                 break
             if digest.done - mark >= _PROGRESS_MADE:
