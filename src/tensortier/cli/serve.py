@@ -280,7 +280,7 @@ def _serve(
 ) -> None:
     from dataclasses import replace
 
-    from tensortier import deciding, hardware
+    from tensortier import deciding, downloads, hardware
     from tensortier.server import guard, listen
     from tensortier.server.app import make_app
     from tensortier.server.host import ModelHost, make_engine
@@ -311,7 +311,7 @@ def _serve(
             idle_seconds=idle_seconds,
             engine=functools.partial(make_engine, verbose=verbose),
         )
-        app = make_app(models, limits, wish, machine)
+        app = make_app(models, limits, wish, machine, downloads.Manager())
         what = "no model yet" if served is None else served.name
         url = listen.url_of(bound)
         listen.serve(

@@ -81,6 +81,8 @@ def router(
             yield
         finally:
             await plans.close()
+            if manager is not None:
+                await asyncio.to_thread(manager.close)
 
     api = APIRouter(prefix="/api", lifespan=lifespan)
 
@@ -260,6 +262,7 @@ class _Measurement:
 def _model_json(model: LibraryModel, phase: str | None) -> dict[str, Any]:
     return {
         "id": model.name,
+        "path": model.path,
         "size": model.size,
         "architecture": model.architecture,
         "quantization": model.quantization,

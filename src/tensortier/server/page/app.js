@@ -33,7 +33,7 @@ const curveView = new CurveView($("curve"), $("curve-legend"), (step) => {
   moveTo(step);
 });
 const chat = new Chat(() => ready()?.model ?? ($("model").disabled ? null : $("model").value));
-const finding = new Finding(onDownloaded, announce);
+const finding = new Finding(onDownloaded, useModel);
 new Exporting(planHere, complain);
 
 // --- what is chosen
@@ -62,6 +62,15 @@ async function loadModels(select) {
 
 async function onDownloaded() {
   await loadModels().catch((error) => complain(error.message));
+}
+
+async function useModel(path) {
+  const model = page.models.find((m) => m.path === path);
+  if (!model) return;
+  $("find-dialog").close();
+  $("model").value = model.id;
+  page.applied = null;
+  await askForCurve();
 }
 
 function showMachine(machine) {
@@ -93,6 +102,8 @@ async function askForCurve() {
   $("slider").classList.add("stale");
   $("slider").setAttribute("aria-busy", "true");
   complain("");
+  setText($("working"), "Working out what this model does with every budget …");
+  $("working").hidden = page.curve !== null;
   try {
     const curve = await post("api/slider", choice(), { signal: asking.signal });
     if (asking === page.asking) showCurve(curve);
@@ -103,6 +114,7 @@ async function askForCurve() {
     complain(error.message);
   } finally {
     if (asking === page.asking) {
+      $("working").hidden = true;
       $("slider").classList.remove("stale");
       $("slider").removeAttribute("aria-busy");
     }
@@ -274,18 +286,12 @@ function complain(text) {
   $("notice").replaceChildren(...(text ? [el("p", { class: "notice error", text })] : []));
 }
 
-function announce(text) {
-  setText($("state"), text);
-}
-
 // --- events
 
 const HEARD = {
   state: ({ models }) => {
-    const before = ready()?.model;
     page.loaded = models;
     showLoads();
-    if (ready() && ready().model !== before) announce(`${ready().model}: ready`);
   },
   stats: ({ models }) => showLive(models),
   downloads: ({ downloads }) => finding.show(downloads),

@@ -7,10 +7,10 @@ import { get, post, remove } from "./server.js";
 const OVER = ["done", "failed", "cancelled"];
 
 export class Finding {
-  /** `onDone(download)` is called once for each download that is complete. */
-  constructor(onDone, announce) {
+  /** `onDone()` is called once for each download that is complete, `onUse(path)` when somebody wants such a model. */
+  constructor(onDone, onUse) {
     this.onDone = onDone;
-    this.announce = announce;
+    this.onUse = onUse;
     this.rows = new Map();
     this.done = new Set();
     this.rates = new Map();
@@ -53,11 +53,17 @@ export class Finding {
     try {
       await post("api/downloads", { repo, file });
       $("search-status").textContent = "The download has begun.";
+      return true;
     } catch (error) {
       $("search-status").textContent = error.message;
+      return false;
     } finally {
       button.disabled = false;
     }
+  }
+
+  async #again(download, button) {
+    if (await this.#start(download.repo, download.file, button)) await remove(`api/downloads/${download.id}`).catch(() => {});
   }
 
   /** The downloads as the server tells them. */
@@ -68,20 +74,24 @@ export class Finding {
       if (!row) {
         row = { bar: el("progress", { max: "1", value: "0", "aria-label": `Download of ${download.file}` }), text: el("span", { class: "muted" }) };
         row.stop = el("button", { type: "button", text: "Stop", "aria-label": `Stop the download of ${download.file}`, onclick: () => remove(`api/downloads/${download.id}`).catch((e) => ($("search-status").textContent = e.message)) });
-        row.again = el("button", { type: "button", text: "Go on", "aria-label": `Go on with the download of ${download.file}`, onclick: () => this.#start(download.repo, download.file, row.again) });
-        row.node = el("div", { class: "download" }, el("b", { text: download.file }), row.bar, row.text, row.stop, row.again);
+        row.again = el("button", { type: "button", text: "Go on", "aria-label": `Go on with the download of ${download.file}`, onclick: () => this.#again(download, row.again) });
+        row.use = el("button", { type: "button", class: "primary", text: "Use it", onclick: () => this.onUse(row.path) });
+        row.node = el("div", { class: "download" }, (row.name = el("b")), row.bar, row.text, row.stop, row.again, row.use);
         this.rows.set(download.id, row);
         node.prepend(row.node);
       }
+      row.path = download.path;
+      row.name.textContent = download.file || download.repo;
       row.bar.value = download.total ? download.done / download.total : 0;
       row.text.textContent = download.error || `${download.phase}, ${bytes(download.done)} of ${bytes(download.total)}${this.#rate(download)}`;
       row.text.classList.toggle("error", Boolean(download.error));
+      row.use.hidden = download.phase !== "done";
       row.stop.hidden = OVER.includes(download.phase);
       row.again.hidden = !["failed", "cancelled"].includes(download.phase);
       if (download.phase === "done" && !this.done.has(download.id)) {
         this.done.add(download.id);
-        this.announce(`${download.file} is here.`);
-        this.onDone(download);
+        $("search-status").textContent = `${download.file} is here.`;
+        this.onDone();
       }
     }
     const gone = new Set(downloads.map((d) => d.id));
