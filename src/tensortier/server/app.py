@@ -82,7 +82,10 @@ def _http(request: Request, error: Exception) -> Response:
         404: ("there is no such address", "unknown_url"),
         405: ("this address does not take this method", "method_not_allowed"),
     }
-    message, code = messages.get(error.status_code, (str(error.detail), None))
+    status = error.status_code
+    if status == 405 and "allow" not in {name.lower() for name in error.headers or {}}:
+        status = 404  # the page's files take what no route does
+    message, code = messages.get(status, (str(error.detail), None))
     where = f"{request.method} {request.url.path[:200]}"
-    problem = Problem(error.status_code, f"{where}: {message}", code=code)
+    problem = Problem(status, f"{where}: {message}", code=code)
     return problem.response(error.headers)

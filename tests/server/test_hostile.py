@@ -1,0 +1,297 @@
+"""What no client should send: right status codes, OpenAI's error object, and nothing left behind."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import REQUEST_SECONDS
+from tests.server.process import ServerProcess
+
+CHAT: dict[str, Any] = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(server: ServerProcess) -> Iterator[None]:
+    server.get("/v1/models")
+    before = server.files(), server.threads()
+    yield
+    server.quiet()
+    end = time.monotonic() + 10
+    while (after := (server.files(), server.threads())) > before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert after[0] <= before[0] and after[1] <= before[1], server.stats()
+
+
+def post(
+    server: ServerProcess, body: bytes | dict[str, Any], path: str = "/v1/chat/completions", **headers: str
+) -> tuple[int, Any]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        connection.request("POST", path, data, {k.replace("_", "-"): v for k, v in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def refused(found: tuple[int, Any], status: int) -> dict[str, Any]:
+    """The error object, after a look at its shape."""
+    assert found[0] == status, found
+    error = found[1]["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    return error
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"model": "smollm2",}',
+        b"[" * 100_000,
+        b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"model": "\xed\xa0\x80"}',
+        json.dumps(CHAT).replace("1", "NaN").encode(),
+        json.dumps(CHAT).replace("1", "Infinity").encode(),
+        json.dumps(CHAT).encode("utf-16"),
+    ],
+)
+def test_what_is_not_a_json_object(server: ServerProcess, body: bytes) -> None:
+    refused(post(server, body), 400)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "god", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"messages": None}, "messages"),
+        ({"model": 7}, "model"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 1 << 40}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": "2"}, "n"),
+        ({"seed": 1 << 70}, "seed"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": "json"}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": {}}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": []}, "functions"),
+        ({"modalities": ["audio"]}, "modalities[0]"),
+        ({"no_such_field": 1}, "no_such_field"),
+        ({"model_path": "/etc/passwd"}, "model_path"),
+    ],
+)
+def test_wrong_fields_are_named(server: ServerProcess, change: dict[str, Any], param: str) -> None:
+    assert refused(post(server, CHAT | change), 400)["param"] == param
+
+
+def test_wrong_values_that_only_the_engine_sees(server: ServerProcess) -> None:
+    refused(post(server, CHAT | {"logit_bias": {"999999999": 1}}), 400)
+    refused(post(server, CHAT | {"grammar": "root ::= nothing"}), 400)
+    refused(post(server, {"model": "smollm2", "prompt": [999_999_999]}, "/v1/completions"), 400)
+    refused(post(server, {"model": "smollm2", "prompt": [-1]}, "/v1/completions"), 400)
+    refused(post(server, {"model": "smollm2", "prompt": []}, "/v1/completions"), 400)
+    refused(post(server, {"model": "smollm2", "input": ["x", ""]}, "/v1/embeddings"), 400)
+    refused(post(server, {"model": "smollm2", "input": "x", "encoding_format": "hex"}, "/v1/embeddings"), 400)
+
+
+def test_harmless_fields_are_taken(server: ServerProcess) -> None:
+    harmless = {
+        "user": "me",
+        "store": False,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "n": None,
+        "stop": None,
+    }
+    assert post(server, CHAT | harmless | {"reasoning_effort": "low", "parallel_tool_calls": True})[0] == 200
+    assert post(server, CHAT, Content_Type="text/plain")[0] == 200
+    without_name = {k: v for k, v in CHAT.items() if k != "model"}
+    assert post(server, without_name)[1]["model"] == "smollm2"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "..%2f..%2fetc%2fpasswd",
+        "%2e%2e/%2e%2e/etc/passwd",
+        "file:///etc/passwd",
+        "http://127.0.0.1:1/x.gguf",
+        "hf://ggml-org/models/tinyllamas/stories15M-q4_0.gguf",
+        "smollm2/../smollm2",
+        "./smollm2",
+        "~/smollm2",
+        "smollm2\\..",
+        "smollm2%00",
+        "C:\\smollm2.gguf",
+        "a" * 5000,
+    ],
+)
+def test_only_names_of_models_are_known(server: ServerProcess, name: str, tiny_path: Any) -> None:
+    assert refused(server.get(f"/v1/models/{name.replace('%00', '')}x"), 404)["code"] == "model_not_found"
+    decoded = name.replace("%2f", "/").replace("%2e", ".").replace("%00", "\0")
+    assert refused(post(server, CHAT | {"model": decoded}), 404)["code"] == "model_not_found"
+    assert refused(post(server, CHAT | {"model": str(tiny_path)}), 404)["param"] == "model"
+
+
+def test_unknown_addresses_and_methods(server: ServerProcess) -> None:
+    refused(post(server, CHAT, "/v1/chat"), 404)
+    refused(post(server, CHAT, "/v1/../v1/models/../chat"), 404)
+    assert refused(server.get("/v1/chat/completions"), 405)["code"] == "method_not_allowed"
+    refused(server.get("/docs"), 404)
+    refused(server.get("/openapi.json"), 404)
+    for path in ("/../../../../etc/passwd", "/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/..%2f..%2fetc/passwd"):
+        refused(server.get(path), 404)
+
+
+def test_ten_megabytes(server: ServerProcess) -> None:
+    body = json.dumps(CHAT | {"messages": [{"role": "user", "content": "x" * 10_000_000}]}).encode()
+    assert refused(post(server, body), 413)["code"] == "request_too_large"
+    # in pieces of unknown total length
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    pieces = (body[i : i + 100_000] for i in range(0, len(body), 100_000))
+    connection.request("POST", "/v1/chat/completions", pieces, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+    # who asks before he sends is told before he does
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        raw.sendall(head("POST", f"Content-Length: {len(body)}", "Expect: 100-continue"))
+        assert raw.recv(1000).startswith(b"HTTP/1.1 413 ")
+    refused(post(server, b"x", Content_Encoding="gzip"), 415)
+
+
+def head(method: str, *lines: str, path: str = "/v1/chat/completions") -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (b"", b""),
+        (b"POST /v1/chat/comp", b""),
+        (head("POST", "Content-Length: 100")[:-2], b""),
+        (head("POST", "Content-Length: 100") + b'{"model"', b"HTTP/1.1 408 "),
+        (head("POST", "Transfer-Encoding: chunked") + b"5\r\n{", b"HTTP/1.1 408 "),
+        (head("GET", path="/health") + b"GET /he", b"HTTP/1.1 200 "),
+    ],
+)
+def test_half_sent_requests_time_out(server: ServerProcess, sent: bytes, answer: bytes) -> None:
+    started = time.monotonic()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+        raw.sendall(sent)
+        received = b""
+        try:
+            while piece := raw.recv(10_000):
+                received += piece
+        except ConnectionResetError:
+            pass
+    assert received.startswith(answer) and bool(received) == bool(answer)
+    assert REQUEST_SECONDS - 0.5 < time.monotonic() - started < REQUEST_SECONDS + 6
+
+
+def test_half_sent_requests_whose_sender_leaves(server: ServerProcess) -> None:
+    for sent in (b"POST", head("POST", "Content-Length: 100") + b"{"):
+        for _ in range(30):
+            with socket.create_connection(("127.0.0.1", server.port)) as raw:
+                raw.sendall(sent)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"\0\0\0\0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"A" * 200_000],
+)
+def test_what_is_not_http(server: ServerProcess, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        try:
+            raw.sendall(sent)
+            assert raw.recv(1000).startswith(b"HTTP/1.1 400 ")
+        except ConnectionError:
+            pass  # closed while it was sent
+    assert server.get("/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example:80"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Host": "[::1"}, 403),
+        ({"Host": ""}, 403),
+        ({"Host": "localhost"}, 200),
+        ({"Host": "LOCALHOST:1234"}, 200),
+        ({"Host": "127.0.0.1:99"}, 200),
+        ({"Host": "127.1.2.3"}, 200),
+        ({"Host": "[::1]:8080"}, 200),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:1"}, 403),
+        ({"Origin": "file://"}, 403),
+        ({"Origin": "http://localhost:7", "Host": "localhost:7"}, 200),
+        ({"Origin": "http://evil.example", "Host": "evil.example"}, 403),
+    ],
+)
+def test_foreign_hosts_and_origins(server: ServerProcess, headers: dict[str, str], status: int) -> None:
+    found = post(server, CHAT, **headers)
+    if status == 200:
+        assert found[0] == 200
+    else:
+        refused(found, status)
+    for path in ("/v1/models", "/health", "/api/models", "/stats", "/"):
+        assert server.get(path, **headers)[0] == status
+
+
+def test_too_many_answers_at_once(server: ServerProcess) -> None:
+    refused(post(server, CHAT | {"n": 100}), 400)
+    long = CHAT | {"n": 70, "max_tokens": 2000, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("POST", "/v1/chat/completions", json.dumps(long))
+    answer = connection.getresponse()
+    assert answer.status == 200
+    second = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    second.request("POST", "/v1/chat/completions", json.dumps(CHAT | {"n": 3}))
+    busy = second.getresponse()
+    assert refused((busy.status, json.loads(busy.read())), 503)["code"] == "overloaded"
+    assert 1 <= int(busy.headers["Retry-After"]) <= 60
+    assert post(server, CHAT | {"n": 2, "model": "tiny"})[0] == 200  # each model has places of its own
+    second.close()
+    connection.close()
+    answer.close()
+    server.quiet()
+    assert post(server, CHAT | {"n": 3})[0] == 200
