@@ -94,6 +94,7 @@ class Loaded:
         self.pooling: int = bindings.llama_pooling_type(self.context)
         self.bos: int = bindings.llama_vocab_bos(self.vocab)  # -1 where there is none, as for the next
         self.eos: int = bindings.llama_vocab_eos(self.vocab)
+        self._has_tokenizer = bindings.llama_vocab_type(self.vocab) != 0
         self._pieces: dict[tuple[int, bool], bytes] = {}
 
     @property
@@ -106,6 +107,8 @@ class Loaded:
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids. ``add_special``: with the beginning and end tokens the model wants; ``parse_special``: the
         text's names of control tokens mean those."""
+        if not self._has_tokenizer:  # llama.cpp would end the process
+            raise UsageError("this model file has no tokenizer: it takes tokens only")
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as exc:  # JSON can carry one; llama.cpp would end the process
@@ -130,6 +133,8 @@ class Loaded:
         return found
 
     def _make_piece(self, token: int, special: bool) -> bytes:
+        if not self._has_tokenizer:
+            return b""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -147,7 +152,7 @@ class Loaded:
 
     def token_text(self, token: int) -> str:
         """The vocabulary's own name of a token; empty for -1."""
-        if token < 0:
+        if token < 0 or not self._has_tokenizer:
             return ""
         text: bytes = self._bindings.llama_vocab_get_text(self.vocab, token)
         return text.decode("utf-8", errors="replace")
