@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
+from tensortier import paging
 from tensortier.budget import Budget, budget_of
+from tensortier.cost import ASSUMED_DRIVE
 from tensortier.rates import DeviceRates, Rates, ReadSpeed, Speed
-from tensortier.search import Option, Search
-from tensortier.types import Hardware, ModelInfo, Plan, Workload
+from tensortier.search import Search
+from tensortier.types import Estimate, Hardware, ModelInfo, Plan, Workload
 
 MORE_MEMORY = 1 << 30  # bytes
 FASTER = 1.1
@@ -26,13 +28,29 @@ class Gain:
 
 
 def gains(
-    model: ModelInfo, hardware: Hardware, plan: Plan, *, workload: Workload, rates: Rates
+    model: ModelInfo,
+    hardware: Hardware,
+    plan: Plan,
+    *,
+    workload: Workload,
+    rates: Rates,
+    hits: paging.HitRates | None = None,
 ) -> tuple[Gain, ...]:
-    """For the settings of ``plan``: more memory of each device, and of RAM where weights are paged from the drive;
-    faster links and faster RAM where the plan uses them. Bytes are by formula."""
+    """For the settings of ``plan``: more memory of each device, and of RAM where weights are read from the drive;
+    a faster drive, faster links and faster RAM where the plan uses them. Bytes are by formula. ``hits`` as for
+    ``planner.plan``."""
+    on_drive = plan.tier is not None
     budget = budget_of(hardware, rates, model, plan.settings)
-    now = _best(model, budget, plan, workload, rates)
-    if now is None or not budget.room:
+    if not budget.room and not on_drive:
+        return ()
+
+    def best(room: Budget, speeds: Rates) -> _Best | None:
+        if on_drive:
+            return _best_on_the_drive(model, room, plan, workload, speeds, hits)
+        return _best(model, room, plan, workload, speeds)
+
+    now = best(budget, rates)
+    if now is None:
         return ()
     cases: list[tuple[str, Budget, Rates]] = []
     for device in budget.room:
@@ -42,23 +60,68 @@ def gains(
     if now.paged:
         more_ram = dataclasses.replace(budget, ram=budget.ram + MORE_MEMORY)
         cases.append(("1 GiB more of RAM", more_ram, rates))
-    cases.append(("a 10 % faster link", budget, _faster_links(rates)))
+        cases.append(("a drive twice as fast", budget, _faster_drive(rates)))
+    if budget.room:
+        cases.append(("a 10 % faster link", budget, _faster_links(rates)))
     cases.append(("10 % faster RAM", budget, _faster_ram(rates)))
     found = []
     for what, room, speeds in cases:
-        then = _best(model, room, plan, workload, speeds)
+        then = best(room, speeds)
         if then is not None:
             # the search stops near the optimum: what it is off by is no loss
-            saved = max(0.0, 1 - then.seconds / now.seconds)
+            saved = max(0.0, 1 - then.estimate.seconds / now.estimate.seconds)
             better = then if saved else now
-            found.append(Gain(what, better.seconds, saved, better.estimate.decode_tokens_per_second))
+            found.append(Gain(what, better.estimate.seconds, saved, better.estimate.decode_tokens_per_second))
     return tuple(found)
 
 
-def _best(model: ModelInfo, budget: Budget, plan: Plan, workload: Workload, rates: Rates) -> Option | None:
-    start = dataclasses.replace(plan, candidates=(), estimate=None)
-    search = Search(model, budget, start, workload, rates, (plan.settings,))
-    return search.best(search.optima())
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    estimate: Estimate
+    paged: bool  # weights are read from the drive
+
+
+def _search(model: ModelInfo, budget: Budget, plan: Plan, workload: Workload, rates: Rates) -> Search:
+    start = dataclasses.replace(plan, candidates=(), estimate=None, tier=None)
+    settings = plan.settings
+    if plan.tier is not None:  # which decided it: before, it was open
+        settings = dataclasses.replace(settings, load_mode="auto")
+    return Search(model, budget, start, workload, rates, (settings,))
+
+
+def _best(model: ModelInfo, budget: Budget, plan: Plan, workload: Workload, rates: Rates) -> _Best | None:
+    search = _search(model, budget, plan, workload, rates)
+    found = search.best(search.optima())
+    return None if found is None else _Best(found.estimate, bool(found.paged))
+
+
+def _best_on_the_drive(
+    model: ModelInfo,
+    budget: Budget,
+    plan: Plan,
+    workload: Workload,
+    rates: Rates,
+    hits: paging.HitRates | None,
+) -> _Best | None:
+    """With what RAM does not hold read by our own backend."""
+    search = _search(model, budget, plan, workload, rates)
+    found = []
+    for option in search.options():
+        if not option.fits:
+            continue
+        if not option.paged:
+            found.append(_Best(option.estimate, False))
+            continue
+        spread = paging.OnDrive(model, search.plan_of(option), option.rows, budget.free, hits)
+        made = spread.within(budget.ram_beside(option.rows))
+        if made is not None:
+            found.append(_Best(spread.timing(rates, workload).estimate(made), True))
+    return min(found, key=lambda b: b.estimate.seconds, default=None)
+
+
+def _faster_drive(rates: Rates) -> Rates:
+    drive = rates.drive or ASSUMED_DRIVE
+    return dataclasses.replace(rates, drive=dataclasses.replace(drive, value=2 * drive.value))
 
 
 def _faster_links(rates: Rates) -> Rates:
@@ -76,7 +139,8 @@ def _faster_ram(rates: Rates) -> Rates:
             memory=_faster(d.memory),
         )
 
-    return _changed(rates, changed)
+    faster = _changed(rates, changed)
+    return dataclasses.replace(faster, plain=None if rates.plain is None else changed(rates.plain))
 
 
 def _changed(rates: Rates, change: Callable[[DeviceRates], DeviceRates]) -> Rates:

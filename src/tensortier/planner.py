@@ -90,7 +90,7 @@ def plan(
     if wishes.context:
         told.append(reasons.context(winner.settings.n_ctx, load))
     made = _finish(made, hardware, rows, told, model, budget)
-    ladder = _ladder(winner, options, made)
+    ladder = _ladder(winner, options, made, budget)
     made = dataclasses.replace(made, candidates=ladder)
     if paged is None or paged.estimate is None or paged.estimate.seconds > winner.seconds:
         return made
@@ -160,12 +160,11 @@ def simple_plan(
             place, told = found, reasons.attention_first(question, found)
         else:
             place, told = Placement(), f"nothing useful fits on {names}: all in RAM"
-        made = dataclasses.replace(start, placement=place)
-        made = _finish(made, hardware, exact.ask(made), [told], model, budget)
-        if settings.load_mode == "auto" and budget.paged(made.memory, pageable=True):
-            paged = paging.on_the_drive(
-                model, made, made.memory, budget.ram_beside(made.memory), budget.free, hits
-            )
+        placed = dataclasses.replace(start, placement=place)
+        rows = exact.ask(placed)
+        made = _finish(placed, hardware, rows, [told], model, budget)
+        if settings.load_mode == "auto" and budget.paged(rows, pageable=True):
+            paged = paging.on_the_drive(model, placed, rows, budget.ram_beside(rows), budget.free, hits)
             if paged is not None:
                 return _preferred(paged, made, hardware, model, budget)
         return made
@@ -220,7 +219,7 @@ def _proved(
     raise PlanError(f"no placement was found that llama.cpp agrees with, in {_ROUNDS} rounds: {over}")
 
 
-def _ladder(winner: Option, options: Sequence[Option], made: Plan) -> tuple[Candidate, ...]:
+def _ladder(winner: Option, options: Sequence[Option], made: Plan, budget: Budget) -> tuple[Candidate, ...]:
     """The chosen one first, then the best of each other kind, the fastest first, then what does not fit."""
     chosen = Candidate(winner.name, True, made.placement, made.settings, made.memory, made.estimate, "chosen")
     best: dict[str, Option] = {}
@@ -230,7 +229,15 @@ def _ladder(winner: Option, options: Sequence[Option], made: Plan) -> tuple[Cand
     return (
         chosen,
         *(
-            Candidate(o.name, o.fits, o.placement, o.settings, o.rows, o.estimate, reasons.why_not(o, winner))
+            Candidate(
+                o.name,
+                o.fits,
+                o.placement,
+                o.settings,
+                (*o.rows, _process(budget)),
+                o.estimate,
+                reasons.why_not(o, winner),
+            )
             for o in best.values()
         ),
     )
@@ -272,8 +279,7 @@ def _preferred(
     there is to say of it."""
     where = reasons.on_the_drive(model, paged, paging.paged_bytes(model, paged, budget.free), mapped)
     made = dataclasses.replace(paged, reasons=(where, *told), workload=mapped.workload)
-    if all(row.device != PROCESS for row in made.memory):
-        made = dataclasses.replace(made, memory=(*made.memory, DeviceMemory(PROCESS, 0, 0, budget.process)))
+    made = dataclasses.replace(made, memory=(*made.memory, _process(budget)))
     made = dataclasses.replace(made, warnings=tuple(reasons.warnings(made, model, hardware, budget)))
     if not mapped.candidates:
         return made
@@ -282,6 +288,10 @@ def _preferred(
     )
     rest = [dataclasses.replace(c, note=reasons.mapped(c, made, budget)) for c in mapped.candidates]
     return dataclasses.replace(made, candidates=(chosen, *rest))
+
+
+def _process(budget: Budget) -> DeviceMemory:
+    return DeviceMemory(PROCESS, 0, 0, budget.process)
 
 
 class _Remembered:
@@ -335,6 +345,5 @@ def _finish(
         settings = dataclasses.replace(settings, repack=False)
         said.append("weights on the CPU stay as they are in the file, because reordered ones cannot be paged")
     settings = dataclasses.replace(settings, load_mode=mode)
-    rows = (*rows, DeviceMemory(PROCESS, 0, 0, budget.process))
-    plan = dataclasses.replace(plan, settings=settings, memory=rows, reasons=tuple(said))
+    plan = dataclasses.replace(plan, settings=settings, memory=(*rows, _process(budget)), reasons=tuple(said))
     return dataclasses.replace(plan, warnings=tuple(reasons.warnings(plan, model, hardware, budget)))

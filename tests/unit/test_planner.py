@@ -417,3 +417,32 @@ def test_gains(model: Callable[[str], ModelInfo]) -> None:
     assert found["10 % faster RAM"].seconds == pytest.approx(faster.estimate.seconds, rel=0.015)
     assert all(0 <= g.saved < 0.5 for g in found.values())
     assert found["10 % faster RAM"].saved > 0.02
+
+
+def test_gains_on_the_drive(model: Callable[[str], ModelInfo]) -> None:
+    """More RAM and a faster drive, against plans made for such a machine in the ordinary way."""
+    m = model("qwen3-30b-a3b-q4_k_m")
+    for cards in ((), ("RTX 4060 8GB",)):
+        here = described(*cards, ram=8, drive="NVMe PCIe 4.0 x4")
+        speeds = rates.from_catalogue(here)
+        plan = planned(m, here)
+        assert plan.tier is not None and plan.estimate is not None
+        found = {g.what: g for g in gains(m, here, plan, workload=CHAT, rates=speeds)}
+        assert set(found) == {
+            "1 GiB more of RAM", "a drive twice as fast", "10 % faster RAM",
+            *(("1 GiB more on CUDA0", "a 10 % faster link") if cards else ()),
+        }  # fmt: skip
+        assert speeds.drive is not None
+        drive = dataclasses.replace(speeds.drive, value=2 * speeds.drive.value)
+        twice = planner.plan(
+            m, here, Settings(n_ctx=4096), workload=CHAT,
+            rates=dataclasses.replace(speeds, drive=drive), answers=memory.Formulas(m, {}),
+        )  # fmt: skip
+        larger = planned(m, dataclasses.replace(here, ram_available=here.ram_available + GIB))
+        for what, then in (("a drive twice as fast", twice), ("1 GiB more of RAM", larger)):
+            assert then.estimate is not None
+            assert found[what].seconds == pytest.approx(then.estimate.seconds, rel=0.01)
+            assert found[what].saved == pytest.approx(
+                1 - then.estimate.seconds / plan.estimate.seconds, abs=0.01
+            )
+            assert found[what].saved > 0.05

@@ -130,7 +130,12 @@ def _explain(planned: Planned, out: Console) -> None:
             table.add_row(*(escape(cell) for cell in cells))
         out.print(table)
     rows = gains.gains(
-        planned.model, planned.hardware, planned.plan, workload=planned.workload, rates=planned.rates
+        planned.model,
+        planned.hardware,
+        planned.plan,
+        workload=planned.workload,
+        rates=planned.rates,
+        hits=planned.hits,
     )
     if rows:
         table = _table("What would help", "", "a request", "saved", "decode")
@@ -210,7 +215,9 @@ def _gpu_levels(found: Sequence[Level], out: Console, bars: bool) -> Table:
 
 
 def _ram_levels(found: Sequence[RamLevel], out: Console, bars: bool) -> Table:
-    table = _table(_RAM_LEVELS, "in RAM", "RAM", "drive", "prefill", "decode", *([""] if bars else []), "fits")
+    table = _table(
+        _RAM_LEVELS, "in RAM", "RAM", "drive", "prefill", "decode", *([""] if bars else []), "fits"
+    )
     table.padding = (0, 0) if out.width < _TIGHT else (0, 1)
     best = max(level.estimate.decode_tokens_per_second for level in found)
     for level in found:
