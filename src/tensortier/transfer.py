@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 from tensortier import hub, web
 from tensortier.errors import Cancelled, DownloadError, RemoteError
+from tensortier.explain import readable_size
 from tensortier.hub import HubFile
 from tensortier.modelfiles import PART, RECORD, Record, locked, models_dir, read_record, target, write_record
 
@@ -122,8 +123,8 @@ class Download:
         free = shutil.disk_usage(place).free
         if wanted and wanted + MARGIN > free:
             raise DownloadError(
-                f"too little room on the drive: {_size(wanted)} are to be downloaded to {self.folder}, and "
-                f"{_size(free)} are free there"
+                f"too little room on the drive: {readable_size(wanted)} are to be downloaded to {self.folder}, and "
+                f"{readable_size(free)} are free there"
             )
 
     def _wait_for_other(self) -> None:
@@ -242,7 +243,7 @@ class Download:
             if digest.done - mark >= _PROGRESS_MADE:
                 failures, mark = 0, digest.done
             if failures == len(RETRY_WAITS):
-                kept = f"; {_size(digest.done)} are kept, the next download goes on from there"
+                kept = f"; {readable_size(digest.done)} are kept, the next download goes on from there"
                 raise RemoteError(f"{self.repo}: {file.name}: {why}{kept if digest.done else ''}")
             pause = RETRY_WAITS[failures] if wait is None else wait
             failures += 1
@@ -387,7 +388,3 @@ def _drive_error(path: Path, error: OSError) -> DownloadError:
         why = "the drive is full" if error.errno != errno.EFBIG else "a file cannot be larger there"
         return DownloadError(f"{path}: {why}; what has arrived is kept, the next download goes on from there")
     return DownloadError(f"{error.filename or path}: {error.strerror or error}")
-
-
-def _size(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

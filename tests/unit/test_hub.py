@@ -173,7 +173,7 @@ def test_choices(server: Hub) -> None:
     tiny = hub.model("tiny/llama-GGUF")
     assert [c.name for c in hub.choices(tiny)] == ["small", "llama-Q4_K_M", "llama-Q8_0"]
     assert hub.choose(tiny, "mmproj-F16.gguf").files[0].size == 2000  # by its name, a projector too
-    with pytest.raises(UsageError, match=r"has 3 models: .*tiny/llama-GGUF:NAME.*llama-Q8_0 \(0.0 MiB\)"):
+    with pytest.raises(UsageError, match=r"has 3 models: .*tiny/llama-GGUF:NAME.*llama-Q8_0 \(7.8 KiB\)"):
         hub.choose(tiny, None)
     with pytest.raises(UsageError, match="has no 'Q2_K'"):
         hub.choose(tiny, "Q2_K")
@@ -192,7 +192,7 @@ def test_sizes_stand_in_the_question() -> None:
         hub.choose(HubModel("o/r", 0, 0, files), None)
     assert (
         str(caught.value)
-        == "o/r has 2 models: give one of them as o/r:NAME: Q4_K_M (4.00 GiB), Q8_0 (7.71 GiB)"
+        == "o/r has 2 models: give one of them as o/r:NAME: Q4_K_M (4.0 GiB), Q8_0 (7.7 GiB)"
     )
 
 
