@@ -83,8 +83,8 @@ def _http(request: Request, error: Exception) -> Response:
         405: ("this address does not take this method", "method_not_allowed"),
     }
     status = error.status_code
-    if status == 405 and "allow" not in {name.lower() for name in error.headers or {}}:
-        status = 404  # the page's files take what no route does
+    if isinstance(request.scope.get("endpoint"), PageFiles):
+        status = 404  # it gets what no route takes
     message, code = messages.get(status, (str(error.detail), None))
     where = f"{request.method} {request.url.path[:200]}"
     problem = Problem(status, f"{where}: {message}", code=code)
