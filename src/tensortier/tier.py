@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensortier import gguf, placement
+from tensortier import gguf, placement, routing
 from tensortier._llama.libs import native
 from tensortier.errors import LoadError, OutOfMemory, PlanError, UsageError
 from tensortier.pageable import DEVICE, EXPERT_WEIGHT, ORDER, can_page
@@ -234,12 +234,12 @@ class PagedWeights:
         return rows
 
     def _open(self, model: ModelInfo, settings: Settings, rows: Any) -> None:
-        groups, experts = self.shape
+        groups, _ = self.shape
         frequency = None
         if settings.policy == "static" and groups:
             if settings.profile is None:
                 raise PlanError('policy "static" needs a profile: a routing trace')
-            counts = frequencies(read_trace(settings.profile), groups, experts)
+            counts = self._recorded(model, settings.profile)
             frequency = (ctypes.c_double * counts.size)(*counts.ravel().tolist())
         config = _Config(
             files=(ctypes.c_char_p * len(model.files))(*map(os.fsencode, model.files)),
@@ -262,6 +262,17 @@ class PagedWeights:
         if not self._handle:
             text = error.value.decode(errors="replace")
             raise (OutOfMemory if text.startswith("not enough memory") else LoadError)(text)
+
+    def _recorded(self, model: ModelInfo, profile: str) -> NDArray[np.float64]:
+        """How often a routing trace chose each expert of the layers that are on the drive, which may be some of the
+        model's: ``[group, expert]``. Raises UsageError where the trace is none, or of another model."""
+        trace = routing.read(profile)
+        routing.check_model(trace, model)
+        numbers = [layer for layer, _ in self._groups]
+        if missing := set(numbers) - set(trace.layers):
+            raise UsageError(f"{profile} has no experts of layer {min(missing)}")
+        counts = frequencies(trace.records, *trace.shape)
+        return counts[[trace.layers.index(number) for number in numbers]]
 
     @property
     def buffer_type(self) -> int:
