@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from tensortier import gguf
+from tensortier import gguf, routing, tier
 from tests import tier_runs as runs
 from tests.models import llamacpp
 
@@ -125,17 +126,56 @@ def test_more_threads(threads: int, synthetic: Callable[..., Path]) -> None:
         assert np.array_equal(runs.generate(model, ctx), expected)
 
 
-@pytest.mark.parametrize("policy", ["global-lru", "lfu", "static", "second-touch"])
-def test_every_policy(policy: str, moe_path: Path, expected_of_moe: runs.Floats, tmp_path: Path) -> None:
-    profile = tmp_path / "profile.trace"
-    least, everything = runs.expert_bytes(moe_path)
+@pytest.fixture(scope="module")
+def profile(moe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A routing trace of the real mixture."""
+    folder = tmp_path_factory.mktemp("profile")
+    least, _ = runs.expert_bytes(moe_path)
+    info = gguf.read(moe_path)
     with runs.tiered(runs.tier_plan(moe_path, expert_bytes=least)) as (model, ctx, paged):
-        paged.trace(profile)
+        paged.trace(folder / "records")
         runs.generate(model, ctx, steps=2)
         paged.trace(None)
+    layers = tuple(range(info.n_layers))
+    routing.publish(folder / "records", folder / "t", info, layers, info.n_expert, info.n_expert_used)
+    return folder / "t"
+
+
+@pytest.mark.parametrize("policy", ["global-lru", "lfu", "static", "second-touch"])
+def test_every_policy(policy: str, moe_path: Path, expected_of_moe: runs.Floats, profile: Path) -> None:
+    _, everything = runs.expert_bytes(moe_path)
     plan = runs.tier_plan(moe_path, expert_bytes=everything // 2, policy=policy, profile=str(profile))
     with runs.tiered(plan) as (model, ctx, _paged):
         assert np.array_equal(runs.generate(model, ctx), expected_of_moe)
+
+
+@pytest.mark.parametrize("pattern", [r"blk\.1[0-9]\.ffn_.*_exps", r"blk\.[5-9]\.ffn_(up|down)_exps"])
+def test_some_layers_and_parts_of_them(
+    pattern: str, moe_path: Path, expected_of_moe: runs.Floats, profile: Path, tmp_path: Path
+) -> None:
+    """The rest is elsewhere, as on a GPU: a static choice goes by the frequencies of the layers that are on the drive,
+    counted here."""
+    model_info = gguf.read(moe_path)
+    pages = re.compile(pattern)
+    layers = sorted({t.layer for t in model_info.tensors if pages.search(t.name) and t.layer is not None})
+    _, everything = runs.expert_bytes(moe_path)
+    size = everything * len(layers) // model_info.n_layers // 2
+    plan = runs.tier_plan(moe_path, pattern, expert_bytes=size, policy="static", profile=str(profile))
+    with runs.tiered(plan) as (model, ctx, paged):
+        paged.trace(tmp_path / "service")
+        assert np.array_equal(runs.generate(model, ctx), expected_of_moe)
+        paged.trace(None)
+        stats = paged.stats()
+    assert [row.layer for row in stats.layers] == layers
+    counts = np.zeros((model_info.n_layers, model_info.n_expert))
+    for group, ids in routing.read(profile).passes():
+        np.add.at(counts[group], ids, 1)
+    hits, uses = tier.replay(
+        tier.read_trace(tmp_path / "service"), "static", [row.capacity for row in stats.layers],
+        (len(layers), model_info.n_expert), counts[layers],
+    )  # fmt: skip
+    assert [row.hits for row in stats.layers] == hits.tolist()
+    assert [row.uses for row in stats.layers] == uses.tolist()
 
 
 @pytest.mark.parametrize("reader", ["threads", "auto"])

@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "_llama": {"types", "errors", "backends", "placement", "planfile"},
     "pageable": {"types"},
     "paging": {"types", "placement", "overrides", "rates", "cost", "pageable", "slots"},
-    "tier": {"types", "errors", "gguf", "placement", "pageable", "_llama"},
+    "tier": {"types", "errors", "gguf", "placement", "pageable", "routing", "_llama"},
     "slots": {"types", "errors", "pageable"},
     "routing": {"types", "errors", "planid"},
     "simulate": {"errors", "tier", "routing"},
