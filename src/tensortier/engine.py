@@ -206,8 +206,14 @@ class Engine:
         with self._open() as loaded:
             return self._start(loaded, _tokens(loaded, prompt), sampling, None)
 
-    def embed(self, inputs: Sequence[str | Sequence[int]]) -> list[Embedding]:
-        """The vector of each text, pooled as the model says, else the mean over its tokens. Blocks.
+    def embed(
+        self,
+        inputs: Sequence[str | Sequence[int]],
+        *,
+        started: Callable[[Sequence[Request]], None] | None = None,
+    ) -> list[Embedding]:
+        """The vector of each text, pooled as the model says, else the mean over its tokens. Blocks. ``started`` is
+        called with the requests that compute them, so that they can be cancelled.
 
         Raises:
             UsageError: an input is empty, or this model makes no embeddings.
@@ -220,6 +226,8 @@ class Engine:
         for task in tasks:
             self._scheduler.submit(task)
             requests.append(Request(self._scheduler, task))
+        if started is not None:
+            started(requests)
         for request in requests:
             for _ in request:
                 pass

@@ -7,7 +7,7 @@ import struct
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -20,12 +20,9 @@ from tensortier.server.host import ModelHost
 from tensortier.server.limits import Gate
 from tensortier.server.metrics import Metrics
 from tensortier.server.problems import Problem
-from tensortier.server.respond import Answering, Sender, Work, working
+from tensortier.server.respond import Answering, Sender, working
 from tensortier.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from tensortier.server.threads import in_thread
-
-if TYPE_CHECKING:
-    from tensortier.engine import Embedding
 
 _MOST_INPUTS = 2048  # of one request for embeddings, as OpenAI has it
 
@@ -130,7 +127,7 @@ async def _embed(host: ModelHost, gate: Gate, asked: EmbeddingRequest, sender: S
     if len(inputs) > _MOST_INPUTS:
         raise Problem(400, f"input has more than {_MOST_INPUTS} members", param="input")
     async with working(host, gate, asked.model, 1) as work:
-        found = await _embeddings(work, inputs)
+        found = await in_thread(work.engine.embed, inputs, started=work.adopt)
         if asked.dimensions not in (None, len(found[0].vector)):
             text = (
                 f"dimensions: the vectors of {work.model} have {len(found[0].vector)}, and are not shortened"
@@ -143,10 +140,6 @@ async def _embed(host: ModelHost, gate: Gate, asked: EmbeddingRequest, sender: S
         ]
         used = {"prompt_tokens": tokens, "total_tokens": tokens}
         await sender.json({"object": "list", "data": data, "model": work.model, "usage": used})
-
-
-async def _embeddings(work: Work, inputs: Sequence[str | list[int]]) -> Sequence[Embedding]:
-    return await in_thread(work.engine.embed, inputs)
 
 
 def _vector(values: Sequence[float], encoding: str) -> str | list[float]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -118,6 +118,7 @@ class Work:
         self.engine = engine
         self.model = model  # its name
         self.requests: list[Request] = []
+        self._over = False
         self._arrived: asyncio.Queue[tuple[int, Piece | TensortierError | None]] = asyncio.Queue()
 
     async def start(self, begin: Callable[[], Request]) -> None:
@@ -166,8 +167,15 @@ class Work:
             if failure is not None:
                 raise failure
 
+    def adopt(self, requests: Sequence[Request]) -> None:
+        """Have ``end`` cancel these too; from any thread, also after it."""
+        self.requests.extend(requests)
+        if self._over:
+            self.end()
+
     def end(self) -> None:
-        for request in self.requests:
+        self._over = True
+        for request in list(self.requests):
             request.cancel()
 
 
