@@ -111,3 +111,9 @@ def environment(folder: Path, *machines: Hardware) -> dict[str, str]:
         else:
             os.environ["XDG_CACHE_HOME"] = before
     return {**os.environ, "XDG_CACHE_HOME": str(folder)}
+
+
+def measured(home: Path, *machines: Hardware) -> Path:
+    """``home``, with a measurement of each of ``machines`` in its cache."""
+    environment(home / ".cache", *machines)
+    return home
