@@ -70,3 +70,16 @@ def test_a_plan_file_with_weights_on_the_drive(synthetic: Callable[..., Path], t
     command = [sys.executable, "-m", "tensortier", "run", "--plan", str(tmp_path / "plan.json")]
     done = subprocess.run([*command, "-p", "hi", "--raw", "-n", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_beside_another_device(moe_path: Path, rpc_device: str) -> None:
+    """Layers on a device, and of the experts that find no room there what RAM does not hold on the drive."""
+    options = ("--rpc", rpc_device, "--vram", "1300MiB", "--ram", "320MiB")
+    expected, _ = run(moe_path)
+    answer, _ = run(moe_path, *options)
+    assert answer["text"] == expected["text"]
+    rows = {row["device"]: row for row in answer["devices"]}
+    assert rows["RPC0"]["allocated"] == rows["RPC0"]["planned"]
+    assert rows["RPC0"]["allocated"]["weights_bytes"] > 100 * MIB
+    assert 0 < answer["tier"]["hit_rate"] < 1
+    assert sum(row["allocated"]["weights_bytes"] for row in rows.values()) < 0.8 * moe_path.stat().st_size
