@@ -82,4 +82,4 @@ def test_beside_another_device(moe_path: Path, rpc_device: str) -> None:
     assert rows["RPC0"]["allocated"] == rows["RPC0"]["planned"]
     assert rows["RPC0"]["allocated"]["weights_bytes"] > 100 * MIB
     assert 0 < answer["tier"]["hit_rate"] < 1
-    assert sum(row["allocated"]["weights_bytes"] for row in rows.values()) < 0.8 * moe_path.stat().st_size
+    assert sum(row["allocated"]["weights_bytes"] for row in rows.values()) < 0.9 * moe_path.stat().st_size
