@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tensortier import library
+from tensortier.budget import PROCESS
 from tensortier.errors import Cancelled, LoadError, ModelNotFound, OutOfMemory, TensortierError, UsageError
 from tensortier.library import LibraryModel
 from tensortier.server.planning import Decision
@@ -499,6 +500,8 @@ def _held(slots: Iterable[_Slot]) -> dict[str, int]:
     for slot in slots:
         if slot.engine is not None and slot.plan is not None:
             for row in slot.plan.memory:
+                if row.device == PROCESS:
+                    continue  # there is one, and the plan of the next model counts it
                 held[row.device] = held.get(row.device, 0) + row.total_bytes
     return held
 

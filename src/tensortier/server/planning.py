@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from tensortier import deciding
+from tensortier.budget import PROCESS
 from tensortier.deciding import Planned, Wish
 from tensortier.errors import OutOfMemory, UsageError
 from tensortier.types import Hardware, Plan, Settings
@@ -89,7 +90,7 @@ def _decision(planned: Planned) -> Decision:
     from tensortier import placement
 
     plan = planned.plan
-    in_ram = sum(row.total_bytes for row in plan.memory if row.device == "CPU")
+    in_ram = sum(row.total_bytes for row in plan.memory if row.device in ("CPU", PROCESS))
     mapped = plan.settings.load_mode.startswith("mmap") and in_ram > planned.hardware.ram_available
     on_gpus = plan.placement.n_gpu_layers == -1 and not plan.placement.overrides
     return Decision(
