@@ -22,16 +22,19 @@ _START_SECONDS = 60.0
 class ServerProcess:
     """``tensortier serve`` with these arguments on a free port of 127.0.0.1.
 
-    ``home``: an empty folder; nothing is read from or written to the user's own one.
+    ``home``: an empty folder; nothing is read from or written to the user's own one. ``more``: for the environment.
     """
 
-    def __init__(self, *arguments: str, home: Path, models: Path | None = None) -> None:
+    def __init__(
+        self, *arguments: str, home: Path, models: Path | None = None, more: dict[str, str] | None = None
+    ) -> None:
         env = {
             k: v for k, v in os.environ.items() if not k.startswith(("TENSORTIER_", "HF_", "XDG_", "LLAMA_"))
         }
         env |= {"HOME": str(home), "PYTHONUNBUFFERED": "1"}
         if models is not None:
             env["TENSORTIER_MODELS"] = str(models)
+        env |= more or {}
         command = [sys.executable, "-m", "tensortier", "serve", *arguments]
         if "--port" not in arguments:
             command += ["--port", "0"]
