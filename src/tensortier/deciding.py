@@ -149,10 +149,12 @@ def given_plan(plan: Plan, name: str) -> Plan:
 
     Raises:
         UsageError: the model is not on this machine.
-        PlanError: the plan is for another model or another machine; the message says what differs.
+        PlanError: the plan is for another model or another machine, and the message says what differs; or something
+            in it cannot be, such as a pattern that is no regular expression (PatternError).
     """
-    from tensortier import gguf, hardware, library, planid
+    from tensortier import gguf, hardware, library, placement, planid
 
+    placement.check(plan.placement)
     planid.check_present(plan)
     if gguf.is_remote(name):
         raise UsageError(
@@ -168,8 +170,10 @@ def given_plan(plan: Plan, name: str) -> Plan:
             f"the plan's model is no longer there ({name}): say where it is now: tensortier run MODEL --plan FILE"
         ) from exc
     planid.check_model(plan, gguf.read(source))
-    if plan.machine_id:
-        planid.check_machine(plan, hardware.probe(source, rpc=plan.rpc))
+    if plan.machine_id or plan.placement.devices or plan.placement.overrides:
+        machine = hardware.probe(source, rpc=plan.rpc)
+        planid.check_machine(plan, machine)
+        placement.check_devices(plan.placement, machine)
     return replace(plan, model=source)
 
 

@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 
-from tensortier.errors import PatternError, UsageError
+from tensortier.errors import PatternError, PlanError, UsageError
 from tensortier.patterns import compile_pattern
 from tensortier.types import Device, Hardware, ModelInfo, Override, Placement, Plan, Role, Tensor
 
@@ -118,6 +118,36 @@ def bytes_per_device(model: ModelInfo, where: Mapping[str, str]) -> dict[str, in
     for tensor in model.tensors:
         totals[where[tensor.name]] = totals.get(where[tensor.name], 0) + tensor.nbytes
     return totals
+
+
+def check(placement: Placement) -> None:
+    """What llama.cpp would take for something else, or not at all, in a placement that was written by hand.
+
+    Raises:
+        PlanError: a number out of range.
+        PatternError: an override that is no regular expression.
+    """
+    layers, split = placement.n_gpu_layers, placement.tensor_split
+    if not -1 <= layers < 1 << 31:
+        raise PlanError(f"placement.n_gpu_layers must be -1 (all) or a number of layers, not {layers}")
+    if any(share < 0 for share in split) or (split and not any(split)):
+        raise PlanError("placement.tensor_split takes shares of 0 or more, not all 0")
+    if len(split) > max(len(placement.devices), 1):
+        raise PlanError(
+            f"placement.tensor_split has {len(split)} shares for {len(placement.devices)} devices"
+        )
+    for override in placement.overrides:
+        compile_pattern(override.pattern)
+
+
+def check_devices(placement: Placement, hardware: Hardware) -> None:
+    """Raises PlanError where ``placement`` names a device that ``hardware`` does not have."""
+    known = {name for d in hardware.devices for name in (d.name, d.buffer_type) if name}
+    named = (*placement.devices, *(o.device for o in placement.overrides))
+    for name in named:
+        if name not in known and name not in ("CPU", "TIER"):
+            there = ", ".join(d.name for d in hardware.devices)
+            raise PlanError(f"the plan puts something on {name!r}, which is not here; there are: {there}")
 
 
 def from_flags(

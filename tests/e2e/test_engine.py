@@ -244,6 +244,8 @@ def test_an_answer_ends_where_the_context_does(engine: Engine, smollm2_path: Pat
         ({"settings": Settings(type_v="q8_0", flash_attention="off")}, LoadError, "flash"),
         ({"placement": Placement(devices=("CUDA7",), n_gpu_layers=-1)}, BackendError, "CUDA7"),
         ({"placement": Placement(overrides=(Override("x", "Moon"),))}, PatternError, "Moon"),
+        ({"placement": Placement(overrides=(Override("(", "CPU"),))}, PatternError, "regular expression"),
+        ({"placement": Placement(n_gpu_layers=-7)}, PlanError, "-7"),
         ({"rpc": ("127.0.0.1:1",)}, BackendError, "127.0.0.1:1"),
         ({"rpc": ("nonsense",)}, BackendError, "host:port"),
     ],

@@ -342,6 +342,27 @@ def test_a_plan_for_another_model_or_machine(
     assert "another machine" in told and "RTX 4090" in told and "tensortier plan" in told
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_gpu_layers": -7}, "n_gpu_layers must be -1 (all) or a number of layers, not -7"),
+        ({"n_gpu_layers": 1 << 40}, "n_gpu_layers must be"),
+        ({"overrides": [{"pattern": "blk\\.(", "device": "CPU"}]}, "is not a regular expression"),
+        ({"overrides": [{"pattern": "ffn", "device": "CUDA7"}]}, "'CUDA7', which is not here; there are: CPU"),
+        ({"devices": ["CUDA7"], "n_gpu_layers": -1}, "'CUDA7', which is not here; there are: CPU"),
+        ({"tensor_split": [-1.0]}, "tensor_split takes shares of 0 or more"),
+        ({"tensor_split": [1.0, 1.0]}, "tensor_split has 2 shares for 0 devices"),
+    ],
+)
+def test_a_plan_that_was_edited(
+    tensortier: Command, tiny_plan: dict[str, Any], tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({**tiny_plan, "placement": {**tiny_plan["placement"], **change}}))
+    answer = tensortier("run", "--plan", file, "-p", "x", "-n", "1")
+    assert told in refusal(answer) and answer.returncode == 2
+
+
 def test_a_described_machine_cannot_run(tensortier: Command, smollm2_path: Path, tmp_path: Path) -> None:
     planned = tensortier("plan", smollm2_path, *ELSEWHERE, "--json")
     file = tmp_path / "plan.json"

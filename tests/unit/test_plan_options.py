@@ -58,6 +58,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--gpu", "none", *CARD[2:], "--link", "PCIe 4.0 x8"], "needs a card"),
         ([*CARD, "--memory", "DDR5-6000 x2"], "given twice"),
         ([*CARD, "--rpc", "127.0.0.1:1"], "--rpc cannot be asked"),
+        ([*CARD, "--no-calibrate"], "leave --no-calibrate out"),
         ([*CARD, "--drive", "tape"], "tape"),
         ([*CARD, "--link", "PCIe 9.0 x8"], "PCIe"),
         ([*CARD, "--cores", "0"], "--cores"),

@@ -9,7 +9,7 @@ from typing import Any
 from tensortier._llama import devices
 from tensortier._llama.libs import llama, native
 from tensortier.errors import LibraryError, PatternError, PlanError
-from tensortier.placement import load_mode, threads_for
+from tensortier.placement import check, load_mode, threads_for
 from tensortier.types import Plan, Settings
 
 # ggml's numbers of the types a KV cache may have; they are part of the GGUF format.
@@ -83,14 +83,16 @@ class Parameters:
     that can be laid out, but not loaded.
 
     Raises:
-        PlanError: a setting that llama.cpp does not know.
-        PatternError, BackendError: an override or a placement names a device that is not here.
+        PlanError: a setting that llama.cpp does not know, a number out of range.
+        PatternError, BackendError: an override is no regular expression; it or the placement names a device that is
+            not here.
     """
 
     def __init__(self, plan: Plan, paged: int | None = None) -> None:
         self.plan = plan
         _check_ranges(plan.settings)
         placement = plan.placement
+        check(placement)
         if len(placement.overrides) >= MAX_OVERRIDES:
             raise PatternError(
                 f"{len(placement.overrides)} tensor overrides; llama.cpp takes fewer than 4096"
@@ -103,10 +105,7 @@ class Parameters:
             slot.buft = (
                 _paged_type(paged) if override.device == PAGED else devices.buffer_type(override.device)
             )
-        split = placement.tensor_split
-        if len(split) > max(len(handles), 1):
-            raise PlanError(f"tensor_split has {len(split)} shares for {len(handles)} devices")
-        self._split = (ctypes.c_float * llama().llama_max_devices())(*split)
+        self._split = (ctypes.c_float * llama().llama_max_devices())(*placement.tensor_split)
         self._type_k = _choice(KV_TYPES, plan.settings.type_k, "KV cache type")
         self._type_v = _choice(KV_TYPES, plan.settings.type_v, "KV cache type")
         self._flash = _choice(FLASH_ATTENTION, plan.settings.flash_attention, "flash attention setting")

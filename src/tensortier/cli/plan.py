@@ -207,6 +207,7 @@ def plan(
         cores=cores,
         link=link,
         rpc=bool(rpc),
+        no_calibrate=no_calibrate,
     )
     planned = make_plan(
         Wish(
@@ -265,6 +266,7 @@ def _described(
     cores: int | None,
     link: str | None,
     rpc: bool,
+    no_calibrate: bool,
 ) -> Hardware | None:
     """The machine that the options describe; None where they describe none."""
     from tensortier.catalogue import hypothetical, parse_bytes
@@ -283,6 +285,10 @@ def _described(
         raise UsageError("--gpu describes another machine: say its main memory too, such as --ram 32GiB")
     if rpc:
         raise UsageError("--gpu describes another machine: --rpc cannot be asked from here")
+    if no_calibrate:
+        raise UsageError(
+            "--gpu describes another machine, and its speeds come from the catalogue: leave --no-calibrate out"
+        )
     cards = [name for name in gpus if name.strip().lower() != "none"]
     if len(cards) < len(gpus) and len(gpus) > 1:
         raise UsageError("--gpu none is for a machine without a card: give it alone")
