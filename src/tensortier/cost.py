@@ -143,7 +143,7 @@ class Costs:
         self._helper = (
             next((d for d in devices if rates.of(d).offloads), None) if settings.op_offload else None
         )
-        self._kv = formulas.kv_bytes(model, settings)
+        self._kv = formulas.cell_bytes(model, settings)
         self._memo: dict[tuple[object, ...], Both] = {}
 
     @property
@@ -277,19 +277,13 @@ class Costs:
         speed = attention_speed(rates, self.settings.type_k, width // 2, live, tokens > 1)
         seconds, slack = elements / speed.value, elements / speed.value * speed.spread
         # a device that shares keys and values among the query heads of a group is bound by reading them once
-        read = self._cell_bytes(layer) * live / rates.memory.value
+        read = self._kv[layer] * live / rates.memory.value
         if read > seconds:
             seconds, slack = read, read * rates.memory.spread
         spent = Spent({f"attention on {home}": seconds}, slack)
         if home == device:
             return spent
         return total([spent, self._crossings(device, home, 2, tokens, model.n_embd)])
-
-    def _cell_bytes(self, layer: int) -> float:
-        """Of one token's keys and values in one layer."""
-        context = formulas.context_of(self.model, self.settings)
-        cells = self._cells(layer, context) or 1
-        return self._kv[layer] / max(cells, 1)
 
     def _operations(self, layer: int, device: str, tokens: int) -> Spent:
         rates = self.rates.of(device)

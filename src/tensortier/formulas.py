@@ -6,6 +6,8 @@ llama-memory-recurrent.cpp and the shapes of its graphs; the tests compare them 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tensortier.types import ModelInfo, Settings
 
 CELLS_PADDING = 256  # llama.cpp rounds the context and every window up to this
@@ -28,10 +30,9 @@ def padded(cells: int) -> int:
 
 
 def context_of(model: ModelInfo, settings: Settings) -> int:
-    """Tokens of context the settings mean, all sequences together: 0 stands for what the model was trained
-    for. Each sequence has a share of its own, rounded up."""
-    asked = settings.n_ctx or model.context_length
-    return padded(asked // settings.n_seq_max) * settings.n_seq_max
+    """Tokens of context the settings mean, all sequences together, which share them: 0 stands for what the model was
+    trained for."""
+    return padded(settings.n_ctx or model.context_length)
 
 
 def ubatch_of(model: ModelInfo, settings: Settings) -> int:
@@ -41,33 +42,54 @@ def ubatch_of(model: ModelInfo, settings: Settings) -> int:
 def kv_bytes(model: ModelInfo, settings: Settings) -> tuple[int, ...]:
     """Bytes of KV cache or recurrent state of each layer.
 
-    GQA: cells x KV heads x (key width x bytes + value width x bytes). MLA keeps keys only, of the latent vector
-    and the rotary part. A sliding window keeps its own number of cells plus one micro-batch. A recurrent layer
-    keeps an f32 state per sequence, whatever the context.
+    A sliding window keeps its own number of cells for each sequence, plus one micro-batch. A recurrent layer keeps an
+    f32 state per sequence, whatever the context.
     """
-    context = context_of(model, settings)
-    share = context // settings.n_seq_max
-    window = padded(min(share, model.sliding_window + ubatch_of(model, settings)))
-    windowed = window * settings.n_seq_max
-    per_k = KV_BYTES_PER_32[settings.type_k]
-    per_v = KV_BYTES_PER_32[settings.type_v]
+    context, windowed = context_of(model, settings), _window_cells(model, settings)
     state = _recurrent_state_bytes(model) * settings.n_seq_max
     sizes = []
-    for layer in range(model.n_layers):
+    for layer, per_32 in enumerate(_values_per_32_cells(model, settings)):
         if model.recurrent_layers and model.recurrent_layers[layer]:
             sizes.append(state)
-            continue
-        swa = bool(model.swa_layers) and model.swa_layers[layer] and model.sliding_window > 0
-        cells = windowed if swa and not settings.swa_full else context
+        else:
+            cells = windowed if _is_windowed(model, layer) and not settings.swa_full else context
+            sizes.append(cells * per_32 // 32)
+    return tuple(sizes)
+
+
+def cell_bytes(model: ModelInfo, settings: Settings) -> tuple[float, ...]:
+    """Of one token's keys and values in each layer; 0 in recurrent ones.
+
+    GQA: KV heads x (key width x bytes + value width x bytes). MLA keeps keys only, of the latent vector and the rotary
+    part.
+    """
+    recurrent = model.recurrent_layers or (False,) * model.n_layers
+    values = _values_per_32_cells(model, settings)
+    return tuple(0.0 if skip else value / 32 for skip, value in zip(recurrent, values, strict=True))
+
+
+def _values_per_32_cells(model: ModelInfo, settings: Settings) -> Iterator[int]:
+    """Bytes, of each layer as if it had attention."""
+    per_k = KV_BYTES_PER_32[settings.type_k]
+    per_v = KV_BYTES_PER_32[settings.type_v]
+    for layer in range(model.n_layers):
         heads = model.n_head_kv[layer]
         if model.kv_lora_rank:
-            values = (model.kv_lora_rank + model.n_rot) * per_k if heads else 0
+            yield (model.kv_lora_rank + model.n_rot) * per_k if heads else 0
         else:
+            swa = _is_windowed(model, layer)
             width_k = model.head_dim_k_swa if swa and model.head_dim_k_swa else model.head_dim_k
             width_v = model.head_dim_v_swa if swa and model.head_dim_v_swa else model.head_dim_v
-            values = heads * (width_k * per_k + width_v * per_v)
-        sizes.append(cells * values // 32)
-    return tuple(sizes)
+            yield heads * (width_k * per_k + width_v * per_v)
+
+
+def _is_windowed(model: ModelInfo, layer: int) -> bool:
+    return bool(model.swa_layers) and model.swa_layers[layer] and model.sliding_window > 0
+
+
+def _window_cells(model: ModelInfo, settings: Settings) -> int:
+    window = model.sliding_window * settings.n_seq_max + ubatch_of(model, settings)
+    return padded(min(context_of(model, settings), window))
 
 
 def _recurrent_state_bytes(model: ModelInfo) -> int:
@@ -117,7 +139,7 @@ def compute_bytes(
     logits = 4 * batch * model.n_vocab + state * (2 if inputs else 1) if output else 0
     masked = context
     if any(model.swa_layers) and model.sliding_window:
-        masked += padded(min(context, model.sliding_window + batch))
+        masked += _window_cells(model, settings)
     mask = (2 if flash else 4) * masked * batch
     logits += staged_output
     if not (attention or ffn):

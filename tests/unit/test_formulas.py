@@ -41,7 +41,10 @@ def test_without_flash_attention(skeleton: Callable[[str], Path], probe: memory.
     assert formulas.compute_bytes(gguf.read(path), settings) == pytest.approx(told.compute_bytes, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["gemma-3-12b-q4_k_m", "qwen3-next-80b-a3b-q4_k_m", "deepseek-v3-q4_k_m"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma-3-12b-q4_k_m", "qwen3-next-80b-a3b-q4_k_m", "deepseek-v3-q4_k_m", "gpt-oss-120b-mxfp4"],
+)
 def test_several_sequences(name: str, skeleton: Callable[[str], Path], probe: memory.Probe) -> None:
     path = skeleton(name)
     model = gguf.read(path)
@@ -49,6 +52,8 @@ def test_several_sequences(name: str, skeleton: Callable[[str], Path], probe: me
         settings = Settings(n_ctx=n_ctx, n_seq_max=n_seq, flash_attention="on")
         (told,) = probe.ask(Plan(model=str(path), settings=settings))
         assert sum(formulas.kv_bytes(model, settings)) == told.kv_bytes, settings
+        total = model.nbytes + told.kv_bytes + formulas.compute_bytes(model, settings)
+        assert total == pytest.approx(told.total_bytes, rel=0.01), settings
 
 
 @pytest.mark.parametrize("fixture", ["smollm2_path", "moe_path"])

@@ -446,3 +446,12 @@ def test_gains_on_the_drive(model: Callable[[str], ModelInfo]) -> None:
                 1 - then.estimate.seconds / plan.estimate.seconds, abs=0.01
             )
             assert found[what].saved > 0.05
+
+
+def test_the_process_counts_what_each_sequence_takes(model: Callable[[str], ModelInfo]) -> None:
+    """Logits of one token for each, f32."""
+    m = model("gemma-3-12b-q4_k_m")
+    one, four = (budget.process_bytes(m, Settings(n_seq_max=n)) for n in (1, 4))
+    assert four - one == 3 * 4 * m.n_vocab
+    plan = planned(m, described("RTX 3090"), settings=Settings(n_seq_max=4))
+    assert plan.memory[-1] == DeviceMemory("process", 0, 0, four)
