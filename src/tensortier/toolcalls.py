@@ -23,6 +23,7 @@ class Style(Enum):
 
 
 MARKERS = ("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+_DECODER = json.JSONDecoder()
 _ARGUMENTS = {Style.HERMES: "arguments", Style.LLAMA3: "parameters", Style.MISTRAL: "arguments"}
 
 
@@ -120,6 +121,7 @@ class CallFinder:
         self._inside = False  # behind a marker
         self._begun = False  # there was text other than space
         self._count = 0
+        self._may_end = False  # the newest text may complete JSON; without, it is not parsed again
 
     @property
     def called(self) -> bool:
@@ -127,6 +129,7 @@ class CallFinder:
 
     def feed(self, text: str) -> list[Piece]:
         self._held += text
+        self._may_end = "}" in text or "]" in text
         pieces: list[Piece] = []
         while True:
             step = self._step_inside() if self._inside else self._step_outside()
@@ -135,18 +138,16 @@ class CallFinder:
             pieces += step
 
     def finish(self) -> list[Piece]:
-        rest, self._held = self._held, ""
+        pieces: list[Piece] = []
         if self._inside:
-            marker = self._style.value if not self._bare else ""
-            calls = self._calls(rest)
-            if calls is not None:
-                return calls
-            rest = marker + rest
-        return self._text(rest)
+            body, self._held, self._inside = self._held, "", False
+            pieces = self._calls(_load(body)) or self._text(self._opening + body)
+        rest, self._held = self._held, ""
+        return pieces + self._text(rest)
 
     # --- outside of calls
 
-    _bare = False  # Llama 3: the call has no marker, the answer begins with {
+    _opening = ""  # the marker behind which we are; Llama 3's calls may have none
 
     def _step_outside(self) -> list[Piece] | None:
         """Pieces, perhaps none, where something was decided; None where more text is needed."""
@@ -154,10 +155,10 @@ class CallFinder:
         at = self._held.find(marker)
         if at >= 0:
             before, self._held = self._held[:at], self._held[at + len(marker) :]
-            self._inside, self._bare = True, False
+            self._inside, self._opening = True, marker
             return self._text(before)
         if self._style is Style.LLAMA3 and not self._begun and self._held.lstrip().startswith("{"):
-            self._inside = self._bare = True
+            self._inside, self._opening = True, ""
             return []
         if not self._held or (self._style is Style.LLAMA3 and not self._begun and self._held.isspace()):
             return None
@@ -183,48 +184,48 @@ class CallFinder:
     # --- inside of one
 
     def _step_inside(self) -> list[Piece] | None:
-        if self._style is Style.HERMES:
-            body, end, rest = self._held.partition("</tool_call>")
-            if not end:
-                return None
-        else:
-            body, rest = self._held, ""
-            if not body.rstrip().endswith(("}", "]")):
-                return None
-        calls = self._calls(body)
-        if calls is None:
-            if self._style is not Style.HERMES:
-                return None  # more text may complete it
-            self._inside = False
-            self._held = rest
-            return self._text("<tool_call>" + body + "</tool_call>")
-        self._inside = False
-        self._held = rest
-        return calls
-
-    def _calls(self, body: str) -> list[Piece] | None:
-        """The calls that a text is, or None."""
-        body = body.strip()
-        if self._style is Style.MISTRAL and "[ARGS]" in body:
-            name, _, arguments = body.partition("[ARGS]")
-            found = _load(arguments)
-            named: Any = {"name": name.partition("[CALL_ID]")[0].strip(), "arguments": found}
-            calls = None if found is None else [named]
-        else:
-            found = _load(body)
-            calls = found if isinstance(found, list) else None if found is None else [found]
-        if not calls:
+        found = self._closed() if self._style is Style.HERMES else self._json()
+        if found is None:
             return None
+        value, end = found
+        body, self._held, self._inside = self._held[:end], self._held[end:], False
+        return self._calls(value) or self._text(self._opening + body)
+
+    def _closed(self) -> tuple[Any, int] | None:
+        """What the closing tag closes, and where that ends."""
+        body, tag, _ = self._held.partition("</tool_call>")
+        return (_load(body), len(body) + len(tag)) if tag else None
+
+    def _json(self) -> tuple[Any, int] | None:
+        """The first value in the text, and where it ends. Mistral's may have its name before it."""
+        if not self._may_end:
+            return None
+        start, name = 0, None
+        if self._style is Style.MISTRAL and (at := self._held.find("[ARGS]")) >= 0:
+            name, start = self._held[:at].partition("[CALL_ID]")[0].strip(), at + len("[ARGS]")
+        start += len(self._held[start:]) - len(self._held[start:].lstrip())
+        try:
+            value, end = _DECODER.raw_decode(self._held, start)
+        except (ValueError, RecursionError):
+            return None  # more text may complete it
+        return value if name is None else {"name": name, "arguments": value}, end
+
+    def _calls(self, value: Any) -> list[Piece]:
+        """The calls that a value is; none where it is something else."""
+        calls = value if isinstance(value, list) else [value]
+        if not all(isinstance(call, Mapping) and self._offered(call.get("name")) for call in calls):
+            return []
         pieces = []
         for number, call in enumerate(calls):
-            if not isinstance(call, Mapping) or call.get("name") not in self._names:
-                return None
             arguments = call.get("arguments", call.get("parameters", {}))
             text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
             pieces.append(_call(self._count + number, call["name"], text))
         self._count += len(calls)
         self._begun = True
         return pieces
+
+    def _offered(self, name: Any) -> bool:
+        return isinstance(name, str) and name in self._names
 
 
 def _load(text: str) -> Any:

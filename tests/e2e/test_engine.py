@@ -301,6 +301,77 @@ def test_response_format_is_that_of_the_bindings(
     assert json.loads(text)["count"] in (7, 42)
 
 
+TOOLS = [
+    {"type": "function", "function": {"name": "count", "description": "Counts.", "parameters": SCHEMA}},
+    {
+        "type": "function",
+        "function": {
+            "name": "say",
+            "parameters": {
+                "type": "object",
+                "properties": {"word": {"$ref": "#/$defs/word"}},
+                "required": ["word"],
+                "$defs": {"word": {"enum": ["yes", "no"]}},
+            },
+        },
+    },
+]
+
+
+def calls_of(pieces: list[Piece]) -> list[tuple[str, Any]]:
+    """Put together as OpenAI's client does it."""
+    calls: dict[int, list[str]] = {}
+    for piece in pieces:
+        for call in (piece.delta or {}).get("tool_calls", ()):
+            known = calls.setdefault(call["index"], ["", ""])
+            known[0] += call["function"].get("name", "")
+            known[1] += call["function"]["arguments"]
+    return [(name, json.loads(arguments)) for name, arguments in calls.values()]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [({"type": "function", "function": {"name": name}}, {name}) for name in ("count", "say")]
+    + [("required", {"count", "say"})],
+)
+def test_tool_calls(engine: Engine, choice: Any, names: set[str]) -> None:
+    pieces = list(engine.chat(ASK, replace(GREEDY, max_tokens=60), tools=TOOLS, tool_choice=choice))
+    ((name, arguments),) = calls_of(pieces)
+    assert name in names
+    assert arguments in (
+        [{"count": 7}, {"count": 42}] if name == "count" else [{"word": "yes"}, {"word": "no"}]
+    )
+    assert pieces[-1].finish_reason == "tool_calls"
+    assert not any(piece.text for piece in pieces)
+
+
+def test_tools_that_the_model_need_not_call(engine: Engine) -> None:
+    """The prompt tells of them; an answer without a call is text."""
+    request = engine.chat(ASK, GREEDY, tools=TOOLS)
+    pieces = list(request)
+    assert calls_of(pieces) or text_of(pieces)
+    told = engine.chat(ASK, GREEDY, tools=TOOLS, tool_choice="none")
+    assert text_of(told) == text_of(engine.chat(ASK, GREEDY))
+    assert request.stats.prompt_tokens > told.stats.prompt_tokens + 50
+
+
+def test_a_conversation_with_a_call_goes_on(engine: Engine) -> None:
+    """OpenAI's messages: no content beside calls, arguments as text, parts of text, the role of developers."""
+    call = {"id": "c1", "type": "function", "function": {"name": "count", "arguments": '{"count": 7}'}}
+    messages = [
+        {"role": "developer", "content": "Be short."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Give me"}, {"type": "text", "text": " a number."}],
+        },
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "7"},
+    ]
+    assert list(engine.chat(messages, GREEDY, tools=TOOLS))
+    plain = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Give me a number."}]
+    assert text_of(engine.chat(messages[:2], GREEDY)) == text_of(engine.chat(plain, GREEDY))
+
+
 @pytest.mark.parametrize(
     ("messages", "options", "told"),
     [
@@ -308,7 +379,17 @@ def test_response_format_is_that_of_the_bindings(
         (ASK, {"response_format": {"type": "json_schema"}}, "needs json_schema.schema"),
         (ASK, {"response_format": {"type": "json_object", "schema": {"type": "bogus"}}}, "JSON schema"),
         (ASK, {"tools": [], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "'g' not found"),
+        (ASK, {"tool_choice": "required"}, "no tools"),
+        (ASK, {"tools": TOOLS, "tool_choice": "maybe"}, "'maybe'"),
+        (ASK, {"tools": [{"name": "count"}]}, "a tool is"),
+        (
+            ASK,
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "exclude",
+        ),
         ([{"role": "user"}], {}, "content"),
+        ([{"content": "x"}], {}, "role"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], {}, "image_url"),
     ],
 )
 def test_requests_that_make_no_sense(

@@ -17,6 +17,7 @@ from tensortier.types import Sampling, TokenLogprob
 
 _PENALISED = 64  # tokens of the answer that penalties look back on, llama.cpp's default
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+_NO_PENALTIES = (1.0, 0.0, 0.0)
 _stderr = threading.Lock()  # only one thread at a time may take the process's standard error away
 
 
@@ -35,6 +36,7 @@ class Sampler:
         self._loaded = loaded
         self._bindings = bindings = llama()
         self._grammar: Any = None if sampling.grammar is None else _grammar(loaded, sampling.grammar)
+        self._remembers = _penalties(sampling) != _NO_PENALTIES  # what was chosen changes what will be
         self._chain = bindings.llama_sampler_chain_init(bindings.llama_sampler_chain_default_params())
         for sampler in _samplers(bindings, loaded.n_vocab, sampling, seed):
             bindings.llama_sampler_chain_add(self._chain, sampler)
@@ -45,11 +47,15 @@ class Sampler:
         Raises:
             GenerationError: the grammar allows none.
         """
-        if self._grammar is None:
-            token: int = self._bindings.llama_sampler_sample(self._chain, self._loaded.context, row)
-            return token
         bindings = self._bindings
-        token = self._choose(_candidates(self._loaded, row))
+        token: int
+        if self._grammar is None:
+            token = bindings.llama_sampler_sample(self._chain, self._loaded.context, row)
+            return token
+        if self._remembers:
+            token = self._choose(_candidates(self._loaded, row))
+        else:  # may take note of a token that is then refused
+            token = bindings.llama_sampler_sample(self._chain, self._loaded.context, row)
         single = np.array([(token, 1.0, 0.0)], _CANDIDATE)
         bindings.llama_sampler_apply(self._grammar, ctypes.byref(_array(single)))
         if single["logit"][0] == -np.inf:
@@ -83,13 +89,16 @@ class Sampler:
             self.close()
 
 
+def _penalties(sampling: Sampling) -> tuple[float, float, float]:
+    return sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
+
+
 def _samplers(bindings: Any, n_vocab: int, sampling: Sampling, seed: int) -> list[Any]:
     chain = []
     if sampling.logit_bias:
         biases = (bindings.llama_logit_bias * len(sampling.logit_bias))(*sampling.logit_bias)
         chain.append(bindings.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
-    penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
-    if penalties != (1.0, 0.0, 0.0):
+    if (penalties := _penalties(sampling)) != _NO_PENALTIES:
         chain.append(bindings.llama_sampler_init_penalties(n_vocab, _PENALISED, *penalties))
     if sampling.temperature == 0.0:
         return [*chain, bindings.llama_sampler_init_greedy()]
