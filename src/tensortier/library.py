@@ -153,6 +153,8 @@ def locate(name_or_path: str) -> Located:
     near = [names[n] for n in difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)]
     near += [n for key, n in sorted(names.items()) if wanted in key and n not in near][:3]
     hint = f"did you mean {', '.join(near)}?" if near else "`tensortier models` lists those on this machine"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name_or_path, re.ASCII) and not path.parent.is_dir():
+        hint = f"`tensortier models pull {name_or_path}` downloads it where it is on the hub"
     raise ModelNotFound(f"there is no file and no model named {name_or_path!r}: {hint}")
 
 

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.parse import quote
@@ -84,8 +85,8 @@ class Download:
                 try:
                     with socket.socket(fileno=os.dup(self._connection.fileno())) as connection:
                         connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
-                except (OSError, ValueError):
-                    return  # it has ended by itself
+                except (OSError, ValueError, AttributeError):
+                    return  # it has ended by itself, in this moment
 
     def run(self) -> tuple[Path, ...]:
         """Fetch what is missing and return where the files are, in order.
@@ -296,10 +297,12 @@ class Download:
         self, file: HubFile, response: HTTPResponse, redirects: web.Redirects, asked: int
     ) -> int:
         """Where in the file the answer begins. Raises DownloadError when it is of another file."""
-        linked = redirects.linked or response.headers
+        linked = redirects.linked
+        if linked is None:  # no storage behind: the hub itself answers
+            linked = Message() if redirects.followed else response.headers
         etag = (linked.get("X-Linked-Etag") or linked.get("ETag") or "").removeprefix("W/").strip('"')
         known = file.sha256 if len(etag) == 64 else file.git_oid if len(etag) == 40 else None
-        # an ETag of another form is that of the storage behind, which says nothing about the content
+        # an ETag of another form says nothing about the content
         if (known and etag != known) or linked.get("X-Linked-Size") not in (None, str(file.size)):
             raise self._changed(file)
         if response.status == 206:

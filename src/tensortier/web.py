@@ -23,14 +23,17 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects; the token goes along only to the same host (urllib would send it anywhere).
 
     ``linked`` are the headers of the one in which the hub says what the file behind it is (X-Linked-Etag).
+    ``followed`` says whether there was any.
     """
 
     def __init__(self) -> None:
         self.linked: Message | None = None
+        self.followed = False
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
+        self.followed = True
         if "X-Linked-Etag" in headers:
             self.linked = headers
         target = urljoin(req.full_url, newurl)
@@ -63,7 +66,11 @@ def hub() -> tuple[str, str | None]:
         raise RemoteError("HF_HUB_OFFLINE is set, so the hub is not asked: unset it")
     # from the environment as it is now, too: the constant is that of the moment of the import
     address = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    if urlsplit(address).scheme not in ("http", "https"):
+    try:
+        scheme = urlsplit(address).scheme
+    except ValueError as exc:
+        raise RemoteError(f"HF_ENDPOINT is {address!r}, which is no address: {exc}") from exc
+    if scheme not in ("http", "https"):
         raise RemoteError(f"HF_ENDPOINT is {address!r}, which is no http:// or https:// address")
     return address, get_token()
 

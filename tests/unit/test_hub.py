@@ -295,6 +295,10 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(RemoteError, match="cannot be reached"):
             hub.search("llama")
+    for broken in ("http://[::1", "http://", "http://no such host", "http://\udcff"):
+        monkeypatch.setenv("HF_ENDPOINT", broken)
+        with pytest.raises(RemoteError):
+            hub.search("llama")
     monkeypatch.setenv("HF_ENDPOINT", "file:///etc")
     with pytest.raises(RemoteError, match="no http:// or https:// address"):
         hub.search("llama")

@@ -252,3 +252,28 @@ def test_embedded_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelNotFound, match=r"pip install 'tensortier\[demo\]'"):
         library.find("smollm2")
     assert [m for m in library.list_models() if m.name == "smollm2"] == []
+
+
+def test_downloaded_models_by_repository(home: Path) -> None:
+    top = home / ".cache/tensortier/models/Owner/Repo-GGUF"
+    small = write_model(top / "m-Q4_K_M.gguf")
+    large = write_model(top / "Q8_0" / "m.gguf", n=128)
+    elsewhere = write_model(home / ".lmstudio/models/Owner/Repo-GGUF/m-Q5_0.gguf", n=256)
+    assert library.find("owner/repo-gguf:q4_k_m") == str(small)
+    assert library.find("Owner/Repo-GGUF:Q8_0") == library.find("Owner/Repo-GGUF:m") == str(large)
+    with pytest.raises(UsageError, match="name of 2 models"):
+        library.find("Owner/Repo-GGUF")
+    for name in ("Owner/Repo-GGUF:Q5_0", "Owner/Other:Q8_0"):  # LM Studio's is found by its name
+        with pytest.raises(ModelNotFound, match=f"`tensortier models pull {name}` downloads it"):
+            library.find(name)
+    assert library.find("m-Q5_0") == str(elsewhere)
+
+
+def test_parts_of_a_model(home: Path) -> None:
+    for number in (1, 2, 3):
+        write_model(home / "Models" / f"big-{number:05d}-of-00003.gguf", n=64 * number)
+    found = library.locate(str(home / "Models/big-00002-of-00003.gguf"))
+    assert [p.name for p in found.parts] == [f"big-{n:05d}-of-00003.gguf" for n in (1, 2, 3)]
+    assert (found.name, found.source) == ("big", "")
+    write_model(home / ".lmstudio/models/o/r/x.gguf")
+    assert library.locate(".lmstudio/models/o/r/x.gguf").source == "LM Studio"
