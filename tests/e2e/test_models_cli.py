@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import shutil
 import signal
@@ -209,6 +210,24 @@ def test_too_little_room(user: User, server: Hub) -> None:
         "too little room on the drive: 90949.5 TiB are to be downloaded" in line and "are free there" in line
     )
     assert not user.models.exists() and not any("resolve" in e["path"] for e in server.log())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files with setrlimit")
+def test_the_system_takes_no_more(user: User, server: Hub, tiny_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+
+    with user.start("pull", REPO, preexec_fn=limit) as process:
+        _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "a file cannot be larger there; what has arrived is kept" in err.splitlines()[-1]
+    part = user.models / REPO / f"{NAME}.part"
+    assert part.read_bytes() == tiny_path.read_bytes()[: part.stat().st_size] and part.stat().st_size > 10**6
+    arrived = part.stat().st_size
+    server.clear_log()
+    assert user.run("pull", REPO).returncode == 0
+    assert server.sent() == tiny_path.stat().st_size - arrived
+    assert part.with_name(NAME).read_bytes() == tiny_path.read_bytes()
 
 
 def test_which_one(user: User, server: Hub) -> None:
