@@ -16,6 +16,8 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from tensortier import memory
+from tensortier._llama.memory import allocated
 from tensortier.engine import Engine, Request
 from tensortier.errors import Cancelled, ContextFull, GenerationError, TensortierError, UsageError
 from tensortier.types import GenerationStats, Piece, Plan, Sampling, Settings
@@ -376,3 +378,23 @@ def test_embeddings_are_those_of_the_bindings(engine: Engine, tiny_path: Path) -
         engine.embed([[-1]])
     with pytest.raises(ContextFull):
         engine.embed(["word " * 2000])
+
+
+@pytest.mark.parametrize("kind", ["tiny", "hybrid", "window"])
+def test_memory_stays_as_predicted(kind: str, tiny_path: Path, synthetic: Callable[..., Path]) -> None:
+    """After batches of all kinds, llama.cpp has allocated what the probe said."""
+    small = {"layers": 4, "n_embd": 256, "n_ff": 256, "heads": 4, "kv_heads": 2, "experts": 4, "used": 2}
+    path = {
+        "tiny": lambda: tiny_path,
+        "hybrid": lambda: synthetic(**small, arch="qwen3next", shared=256, merged=True, qtype="Q8_0"),
+        "window": lambda: synthetic(**small, arch="gpt-oss", qtype="Q8_0"),
+    }[kind]()
+    settings = Settings(n_ctx=1024, n_batch=256, n_ubatch=128, n_seq_max=6, threads=2, load_mode="none")
+    plan = Plan(str(path), settings=settings)
+    predicted = memory.predict(plan)
+    with Engine(plan) as engine:
+        requests = [ask(engine, "word " * (90 * i), 6 + i) for i in range(1, 7)]
+        for request in requests:
+            assert len(answer(request)) == request.stats.completion_tokens > 0
+        engine.embed(["word " * 300, "Hello"])
+        assert allocated(engine._loaded.context) == predicted

@@ -73,6 +73,20 @@ def test_on_the_cpu(models: list[Path]) -> None:
     compare([Plan(str(path), settings=settings) for path in models for settings in SETTINGS])
 
 
+def test_several_sequences(models: list[Path], synthetic: Callable[..., Path]) -> None:
+    """24 configurations: 4 and 16 sequences that share the cells, a sliding window and recurrent states among them."""
+    small = {"layers": 4, "n_embd": 256, "n_ff": 256, "heads": 4, "kv_heads": 2, "experts": 4, "used": 2}
+    window = synthetic(**small, arch="gpt-oss", qtype="Q8_0")
+    compare(
+        [
+            Plan(str(path), settings=dataclasses.replace(settings, n_seq_max=n_seq))
+            for path in (*models, window)
+            for n_seq in (4, 16)
+            for settings in SETTINGS[n_seq % 3 :: 5]
+        ]
+    )
+
+
 def test_with_a_second_device(models: list[Path], rpc_device: str) -> None:
     """40 configurations: everything there, some layers, feed-forward tensors in RAM, KV cache in RAM."""
     plans = []
