@@ -173,7 +173,9 @@ def test_killed_at_37_percent_and_resumed(user: User, server: Hub, tiny_path: Pa
     assert part.with_name(NAME).read_bytes() == tiny_path.read_bytes() and not part.exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_signals_keep_what_arrived(user: User, server: Hub, number: signal.Signals, code: int) -> None:
     server.faults(stall_at=5_000_000)
     part = user.models / REPO / f"{NAME}.part"
