@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -15,10 +17,11 @@ DEPTHS = (1, 4, 16, 32)
 
 
 def measure_drive(
-    near: Path | None = None, *, file_bytes: int = 256 * MIB, seconds: float = 0.15
+    near: Path | None = None, *, file_bytes: int = 256 * MIB, seconds: float = 0.06, rounds: int = 3
 ) -> list[DriveRead]:
-    """Random reads of a file past the page cache, by the reader that weights on the drive come through, ``seconds``
-    for each block size and depth. The file is made beside ``near`` (default: in the cache folder) and removed.
+    """Random reads of a file past the page cache, by the reader that weights on the drive come through: the median of
+    ``rounds`` over all block sizes and depths, ``seconds`` each (drives of virtual machines are fast for a moment, and
+    slow for the next). The file is made beside ``near`` (default: in the cache folder) and removed.
 
     Raises:
         OSError: no room, or a file system that cannot read past its cache.
@@ -30,7 +33,7 @@ def measure_drive(
     direct = getattr(os, "O_DIRECT", 0)
     if not direct:
         raise OSError("this system has no O_DIRECT")
-    rows = []
+    found: dict[tuple[int, int], list[float]] = {key: [] for key in itertools.product(BLOCKS, DEPTHS)}
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".calibrate-") as file:
         chunk = os.urandom(MIB)
         for _ in range(file_bytes // MIB):
@@ -38,11 +41,12 @@ def measure_drive(
         file.flush()
         os.fsync(file.fileno())
         os.close(os.open(file.name, os.O_RDONLY | direct))  # refused where the file system has no such reads
-        for block in BLOCKS:
-            for depth in DEPTHS:
+        for _ in range(rounds):
+            for block, depth in found:
                 speed = tier.drive_bandwidth(Path(file.name), block=block, depth=depth, seconds=seconds)
-                rows.append(DriveRead(_mount_point(folder), block, depth, speed))
-    return rows
+                found[block, depth].append(speed)
+    mount = _mount_point(folder)
+    return [DriveRead(mount, *key, statistics.median(speeds)) for key, speeds in found.items()]
 
 
 def _mount_point(folder: Path) -> str:
