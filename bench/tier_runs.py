@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -11,14 +12,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import llama_cpp
+import numpy as np
 from tests.models import synthetic
 
 from tensortier import gguf, tier
-from tensortier.types import Tier
+from tensortier.placement import threads_for
+from tensortier.types import Override, Placement, Plan, Settings, Tier
 
 CACHE = Path(__file__).parent.parent / ".cache" / "models"
 GROUPS = Path("/sys/fs/cgroup/memory")
@@ -39,8 +43,15 @@ class Job:
     reader: str = "auto"
     read_bytes: int = Tier.read_bytes
     queue_depth: int = Tier.queue_depth
+    guesses: int = Tier.guesses
     load_mode: str = "mmap"
     ubatch: int = 512
+    threads: int = 0  # 0: as many as there are cores
+    repack: bool = False  # slots have the kernels of weights that are not reordered
+    warm_start: bool = False
+    warm: int = 4  # tokens before the ones that are timed
+    text: tuple[int, ...] = ()  # tokens to go through; none: random ones
+    greedy: bool = False  # each token the likeliest after the last
 
 
 @dataclass(frozen=True)
@@ -54,13 +65,17 @@ class Result:
     peak: int  # bytes of the control group, or of the process where there is none
     load_seconds: float
     stall: float  # of the decode time
+    recall: float  # of guesses
+    precision: float
+    guessing: bool
 
     def __str__(self) -> str:
         return (
             f"decode {self.decode:6.2f} tokens/s, prefill {self.prefill:7.1f}, "
             f"read {self.bytes_per_token / 1e6:6.1f} MB/token at {self.drive_rate / 1e9:.2f} GB/s, "
             f"hits {self.hit_rate:.2f}, stalled {self.stall:.2f}, peak {self.peak / 1e9:.3f} GB, "
-            f"load {self.load_seconds:.1f} s"
+            f"load {self.load_seconds:.1f} s, guesses {'on' if self.guessing else 'off'}: "
+            f"recall {self.recall:.2f}, precision {self.precision:.2f}"
         )
 
 
@@ -123,71 +138,131 @@ def drop_cache(path: Path) -> None:
     os.close(descriptor)
 
 
-def work(job: Job, group: Path | None) -> Result:
-    """What the process does: the prompt, then one token after the other, each of them fresh."""
-    if group:
-        (group / "cgroup.procs").write_text(str(os.getpid()))
-    from tensortier.engine import Engine
-    from tensortier.placement import threads_for
-    from tensortier.types import Override, Placement, Plan, Settings
-
+def plan_of(job: Job) -> Plan:
     settings = Settings(
         n_ctx=2048,
         n_batch=max(job.ubatch, 512),
         n_ubatch=job.ubatch,
-        threads=threads_for(0),
+        threads=job.threads or threads_for(0),
         load_mode=job.load_mode,
-        repack=False,
+        repack=job.repack,
     )
     plan = Plan(job.path, settings=settings)
-    if job.expert_bytes or job.dense_bytes:
-        paging = Tier(
-            expert_bytes=job.expert_bytes,
-            dense_bytes=job.dense_bytes,
-            policy=job.policy,
-            reader=job.reader,
-            read_bytes=job.read_bytes,
-            queue_depth=job.queue_depth,
-        )
-        plan = replace(plan, placement=Placement(overrides=(Override(job.pattern, "TIER"),)), tier=paging)
-    with Engine(plan) as engine:
-        llama = engine._llama
-        tokens = random.Random(1)
-        drop_cache(Path(job.path))
+    if not job.expert_bytes and not job.dense_bytes:
+        return plan
+    paging = Tier(
+        expert_bytes=job.expert_bytes,
+        dense_bytes=job.dense_bytes,
+        policy=job.policy,
+        reader=job.reader,
+        read_bytes=job.read_bytes,
+        queue_depth=job.queue_depth,
+        guesses=job.guesses,
+        warm_start=job.warm_start,
+    )
+    return replace(plan, placement=Placement(overrides=(Override(job.pattern, "TIER"),)), tier=paging)
+
+
+class Running:
+    """A loaded model, fed with tokens through llama.cpp's own interface."""
+
+    def __init__(self, plan: Plan) -> None:
+        from tensortier._llama.params import Parameters
+        from tensortier.tier import PagedWeights
+
         started = time.perf_counter()
-        llama.eval([tokens.randrange(1000, 40000) for _ in range(job.prompt)])
-        prefill = job.prompt / (time.perf_counter() - started)
-        for _ in range(4):  # warm
-            llama.eval([tokens.randrange(1000, 40000)])
-        before = engine.paged.stats() if engine.paged else None
-        started = time.perf_counter()
-        for _ in range(job.tokens):
-            llama.eval([tokens.randrange(1000, 40000)])
-        seconds = time.perf_counter() - started
-        bytes_per_token = rate = hits = stall = prefill_bytes = 0.0
-        if engine.paged and before:
-            after = engine.paged.stats()
-            read = after.drive_bytes - before.drive_bytes
-            busy = after.drive_busy_seconds - before.drive_busy_seconds
-            bytes_per_token, rate = read / job.tokens, read / busy if busy else 0.0
-            uses = sum(row.uses for row in after.layers) - sum(row.uses for row in before.layers)
-            found = sum(row.hits for row in after.layers) - sum(row.hits for row in before.layers)
-            hits = found / uses if uses else 0.0
-            stall = (after.stall_seconds - before.stall_seconds) / seconds
-            prefill_bytes = float(before.drive_bytes)
-        peak_file = group / "memory.max_usage_in_bytes" if group else None
-        peak = int(peak_file.read_text()) if peak_file else peak_resident()
-        return Result(
-            job.tokens / seconds,
-            prefill,
-            bytes_per_token,
-            prefill_bytes,
-            rate,
-            hits,
-            min(peak, peak_resident()),
-            engine.load_seconds,
-            stall,
-        )
+        self.paged = PagedWeights(plan) if plan.tier else None
+        self._parameters = Parameters(plan, self.paged.buffer_type if self.paged else None)
+        model = llama_cpp.llama_model_default_params()
+        self._parameters.edit_model(model)
+        self.model = llama_cpp.llama_model_load_from_file(plan.model.encode(), model)
+        if self.paged:
+            self.paged.loaded()
+        context = llama_cpp.llama_context_default_params()
+        context.n_ctx = plan.settings.n_ctx
+        self._parameters.edit_context(context)
+        self.context = llama_cpp.llama_init_from_model(self.model, context)
+        self.position = 0
+        self.load_seconds = time.perf_counter() - started
+
+    def eval(self, tokens: Sequence[int]) -> int:
+        """Computes them and returns the likeliest next token."""
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, self.position + i, i == len(tokens) - 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        status = llama_cpp.llama_decode(self.context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}: {self.paged and self.paged.take_error()}")
+        self.position += len(tokens)
+        width = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, -1), (width,))
+        return int(logits.argmax())
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
+        if self.paged:
+            self.paged.close()
+
+
+def work(job: Job, group: Path | None) -> Result:
+    """What the process does: the prompt, then one token after the other."""
+    if group:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    silence = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
+    running = Running(plan_of(job))
+    tokens = random.Random(1)
+    prompt = list(job.text[: job.prompt]) or [tokens.randrange(1000, 40000) for _ in range(job.prompt)]
+    rest = iter(job.text[job.prompt :])
+
+    def following(likeliest: int) -> int:
+        if job.greedy:
+            return likeliest
+        return next(rest) if job.text else tokens.randrange(1000, 40000)
+
+    drop_cache(Path(job.path))
+    started = time.perf_counter()
+    token = running.eval(prompt)
+    prefill = job.prompt / (time.perf_counter() - started)
+    for _ in range(job.warm):
+        token = running.eval([following(token)])
+    before = running.paged.stats() if running.paged else None
+    started = time.perf_counter()
+    for _ in range(job.tokens):
+        token = running.eval([following(token)])
+    seconds = time.perf_counter() - started
+    bytes_per_token = rate = hits = stall = prefill_bytes = 0.0
+    guessed = (0.0, 0.0, False)
+    if running.paged and before:
+        after = running.paged.stats()
+        read = after.drive_bytes - before.drive_bytes
+        busy = after.drive_busy_seconds - before.drive_busy_seconds
+        bytes_per_token, rate = read / job.tokens, read / busy if busy else 0.0
+        uses = sum(row.uses for row in after.layers) - sum(row.uses for row in before.layers)
+        found = sum(row.hits for row in after.layers) - sum(row.hits for row in before.layers)
+        hits = found / uses if uses else 0.0
+        stall = (after.stall_seconds - before.stall_seconds) / seconds
+        prefill_bytes = float(before.drive_bytes)
+        guessed = (after.guess_recall, after.guess_precision, after.guessing)
+    peak_file = group / "memory.max_usage_in_bytes" if group else None
+    peak = int(peak_file.read_text()) if peak_file else peak_resident()
+    running.close()
+    return Result(
+        job.tokens / seconds,
+        prefill,
+        bytes_per_token,
+        prefill_bytes,
+        rate,
+        hits,
+        min(peak, peak_resident()),
+        running.load_seconds,
+        stall,
+        *guessed,
+    )
 
 
 def peak_resident() -> int:
@@ -209,6 +284,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--reader", default=Tier.reader)
     made.add_argument("--read-bytes", type=int, default=Tier.read_bytes)
     made.add_argument("--queue-depth", type=int, default=Tier.queue_depth)
+    made.add_argument("--guesses", type=int, default=Tier.guesses)
     made.add_argument("--no-stock", action="store_true", help="only ours")
     made.add_argument("--model", type=Path, default=None)
     return made
@@ -224,6 +300,7 @@ def compare(path: Path, args: argparse.Namespace, tiered: Callable[[Job, int], J
         reader=args.reader,
         read_bytes=args.read_bytes,
         queue_depth=args.queue_depth,
+        guesses=args.guesses,
     )
     size = path.stat().st_size
     limit = int(size / args.ratio)

@@ -27,7 +27,7 @@ Device * inner_device();
 
 // Numbers of the operations we look at, found by name.
 struct Operations {
-    int none, view, reshape, permute, transpose, mul_mat_id, glu, unary, scale, clamp;
+    int none, view, reshape, permute, transpose, mul, add, mul_mat, mul_mat_id, glu, unary, scale, clamp;
 };
 const Operations & operations();
 

@@ -51,6 +51,7 @@ private:
     Tensor * keep(const Tensor & tensor);
     Tensor * slots(const Tensor & weight, int group, int part, int segment);
     void whole_product(const Tensor & node, const Weight & weight, const Pass & pass, int segment);
+    void guess_next(const Tensor & node, int group);
     void product_of(const Tensor & node, const Weight & weight, const Pass & pass,
                     const std::vector<size_t> & chosen);
     char * scratch(size_t nbytes);
@@ -70,6 +71,8 @@ private:
     std::vector<size_t> dense_in_use_;
     std::vector<int32_t> ids_;
     std::vector<int32_t> slot_of_; // [expert]: its slot's number in the segment
+    std::vector<int32_t> ranked_;
+    std::vector<float> scores_;
 };
 
 } // namespace tt

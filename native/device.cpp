@@ -255,10 +255,19 @@ Operations find_operations() {
         const char * name;
         int * number;
     } wanted[] = {
-        {"NONE", &found.none},       {"VIEW", &found.view},           {"RESHAPE", &found.reshape},
-        {"PERMUTE", &found.permute}, {"TRANSPOSE", &found.transpose}, {"MUL_MAT_ID", &found.mul_mat_id},
-        {"GLU", &found.glu},         {"UNARY", &found.unary},         {"SCALE", &found.scale},
+        {"NONE", &found.none},
+        {"VIEW", &found.view},
+        {"RESHAPE", &found.reshape},
+        {"PERMUTE", &found.permute},
+        {"TRANSPOSE", &found.transpose},
+        {"MUL_MAT_ID", &found.mul_mat_id},
+        {"GLU", &found.glu},
+        {"UNARY", &found.unary},
+        {"SCALE", &found.scale},
         {"CLAMP", &found.clamp},
+        {"MUL", &found.mul},
+        {"ADD", &found.add},
+        {"MUL_MAT", &found.mul_mat},
     };
     constexpr int MOST_OPERATIONS =
         101; // ggml ends the process when asked for the name of one it does not have

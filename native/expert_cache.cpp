@@ -8,26 +8,19 @@ namespace {
 
 constexpr int WAIT_MILLISECONDS = 1000;
 constexpr int SHARED_SEGMENT = 32; // slots per tensor where groups share them: a kernel's work grows with it
-// Enough under way for a drive to be busy while what has arrived is computed.
-constexpr uint64_t PASSING_BYTES = 16u << 20;
-constexpr uint64_t PASSING_SHARE = 8; // but no more than this part of the memory
-
-uint64_t round_up(uint64_t value, uint64_t to) {
-    return (value + to - 1) / to * to;
-}
 
 } // namespace
 
 ExpertCache::ExpertCache(std::vector<GroupSpec> groups, CacheOptions options, Reader & reader)
     : groups_(std::move(groups)), options_(std::move(options)), reader_(reader), totals_(groups_.size()),
-      passes_(groups_.size()) {
+      free_(groups_.size()), spare_(groups_.size()), named_(groups_.size()), passes_(groups_.size()) {
     for (const GroupSpec & group : groups_) {
-        layouts_.push_back(lay_out(group));
+        layouts_.push_back(lay_out(group, [this](int file) { return reader_.sector(file); }));
         order_.emplace_back(group.parts.size());
         std::iota(order_.back().begin(), order_.back().end(), size_t{0});
         most_experts_ = std::max(most_experts_, group.experts);
     }
-    share_out();
+    share_out_slots();
     PolicyOptions policy;
     policy.kind = options_.policy;
     policy.groups = static_cast<int>(groups_.size());
@@ -42,95 +35,26 @@ ExpertCache::ExpertCache(std::vector<GroupSpec> groups, CacheOptions options, Re
     resident_slot_.assign(groups_.size() * static_cast<size_t>(most_experts_), UNPLACED);
 }
 
-ExpertCache::Layout ExpertCache::lay_out(const GroupSpec & group) const {
-    Layout layout;
-    size_t at = 0;
-    for (size_t p = 0; p < group.parts.size(); ++p) {
-        const PartSpec & part = group.parts[p];
-        layout.offset[p] = at;
-        layout.lead[p] = reader_.lead(part.file, part.offset);
-        uint64_t area = layout.lead[p] + part.nbytes;
-        for (int e = 0; e < group.experts; ++e) {
-            area = std::max(area, reader_.sector_range(part.file,
-                                                       part.offset + static_cast<uint64_t>(e) * part.nbytes,
-                                                       part.nbytes));
-        }
-        area = round_up(area, reader_.alignment(part.file));
-        layout.largest_area = std::max<size_t>(layout.largest_area, area);
-        at += area;
-    }
-    layout.slot_bytes = at;
-    return layout;
-}
-
-// How many slots each group gets, and how many there are for what passes through.
-void ExpertCache::share_out() {
-    size_t largest = 0, largest_part = 0, most_parts = 0;
-    uint64_t one_each = 0, everything = 0;
-    int total_experts = 0;
-    for (size_t g = 0; g < groups_.size(); ++g) {
-        largest = std::max(largest, layouts_[g].slot_bytes);
-        largest_part = std::max(largest_part, layouts_[g].largest_area);
-        most_parts = std::max(most_parts, groups_[g].parts.size());
-        one_each += layouts_[g].slot_bytes;
-        everything += layouts_[g].slot_bytes * static_cast<uint64_t>(groups_[g].experts);
-        total_experts += groups_[g].experts;
-    }
-    const uint64_t used = static_cast<uint64_t>(std::min(options_.used, most_experts_));
-    if (options_.bytes < largest * used) {
-        throw ReadError("the experts of one token in one layer take " + std::to_string(largest * used) +
-                        " bytes; the cache has only " + std::to_string(options_.bytes));
-    }
-    if (options_.bytes >= everything && !global()) {
-        for (size_t g = 0; g < groups_.size(); ++g) {
-            capacity_.push_back(groups_[g].experts);
-            add_segment(layouts_[g].slot_bytes, groups_[g].experts, false, static_cast<int>(g));
-        }
-        return;
-    }
-    // Enough for the drive to be busy; and for what a token misses, where that may not stay.
-    uint64_t passing =
-        std::max<uint64_t>(std::min(PASSING_BYTES, options_.bytes / PASSING_SHARE) / largest_part, 2);
-    const uint64_t of_a_token = used * most_parts;
-    if (options_.policy != PolicyKind::lru) {
-        passing = std::max(passing, std::min(of_a_token, options_.bytes / 2 / largest_part));
-    }
-    passing = std::min(passing, options_.bytes / largest_part);
-    uint64_t left = options_.bytes - passing * largest_part;
-    std::vector<int> count(groups_.size(), 0);
+void ExpertCache::share_out_slots() {
+    const Shares shares = share_out(groups_, layouts_, options_);
+    capacity_ = shares.capacity;
     if (global()) {
-        const uint64_t room = std::min<uint64_t>(left / largest, static_cast<uint64_t>(total_experts));
-        capacity_.push_back(static_cast<int>(room));
-        for (int remaining = static_cast<int>(room); remaining > 0; remaining -= SHARED_SEGMENT) {
-            add_segment(largest, std::min(remaining, SHARED_SEGMENT), false, 0);
+        for (int remaining = capacity_[0]; remaining > 0; remaining -= SHARED_SEGMENT) {
+            add_segment(shares.largest_slot, std::min(remaining, SHARED_SEGMENT), 0, false, 0);
         }
     } else {
-        const uint64_t each = std::min<uint64_t>(left / one_each, static_cast<uint64_t>(most_experts_));
         for (size_t g = 0; g < groups_.size(); ++g) {
-            count[g] = std::min(static_cast<int>(each), groups_[g].experts);
-            left -= static_cast<uint64_t>(count[g]) * layouts_[g].slot_bytes;
-        }
-        for (size_t g = 0; g < groups_.size(); ++g) { // one more for as many as there is room for
-            if (count[g] < groups_[g].experts && left >= layouts_[g].slot_bytes) {
-                ++count[g];
-                left -= layouts_[g].slot_bytes;
-            }
-        }
-        for (size_t g = 0; g < groups_.size(); ++g) {
-            capacity_.push_back(count[g]);
-            add_segment(layouts_[g].slot_bytes, count[g], false, static_cast<int>(g));
-        }
-        // too few of their own for a token: what is left over helps the rest of its experts to pass
-        const uint64_t least = static_cast<uint64_t>(*std::min_element(count.begin(), count.end()));
-        if (least < used) {
-            passing = std::max(passing, std::min((used - least) * most_parts, passing + left / largest_part));
+            add_segment(layouts_[g].slot_bytes, capacity_[g] + shares.spare[g], shares.spare[g], false,
+                        static_cast<int>(g));
         }
     }
-    add_segment(largest_part, static_cast<int>(passing), true, -1);
+    if (shares.passing > 0) {
+        add_segment(shares.passing_bytes, shares.passing, 0, true, -1);
+    }
 }
 
-void ExpertCache::add_segment(size_t stride, int count, bool passing, int group) {
-    free_.resize(global() ? 1 : groups_.size());
+// `spare`: how many of the slots do not count as the group's own.
+void ExpertCache::add_segment(size_t stride, int count, int spare, bool passing, int group) {
     const int number = static_cast<int>(segments_.size());
     segments_.push_back({nullptr, stride, count, passing});
     segment_offset_.push_back(nbytes_);
@@ -139,11 +63,12 @@ void ExpertCache::add_segment(size_t stride, int count, bool passing, int group)
         slot.segment = number;
         slot.index = i;
         slot.passing = passing;
+        slot.spare = i >= count - spare;
         const int id = static_cast<int>(slots_.size());
         if (passing) {
             passing_.push_back(id);
         } else {
-            free_[static_cast<size_t>(group)].push_back(id);
+            (slot.spare ? spare_ : free_)[static_cast<size_t>(group)].push_back(id);
         }
         slots_.push_back(slot);
     }
@@ -168,7 +93,7 @@ int ExpertCache::capacity(int group) const {
 }
 
 size_t ExpertCache::offset_in_slot(int group, int part, int segment) const {
-    const Layout & layout = layouts_[static_cast<size_t>(group)];
+    const SlotLayout & layout = layouts_[static_cast<size_t>(group)];
     const size_t p = static_cast<size_t>(part);
     return (segments_[static_cast<size_t>(segment)].passing ? 0 : layout.offset[p]) + layout.lead[p];
 }
@@ -238,34 +163,8 @@ Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids,
     totals.uses += n;
     totals.hits += n - misses_.size();
     ++totals.passes;
-
-    size_t next_miss = 0;
-    for (size_t i = 0; i < n; ++i) {
-        const int expert = pass.experts[i];
-        int32_t & slot = resident_slot_[where(group, expert)];
-        if (next_miss < misses_.size() && misses_[next_miss].expert == expert) {
-            const Placing & placing = misses_[next_miss++];
-            if (!placing.stays) {
-                continue;
-            }
-            if (placing.evicted_group >= 0) {
-                int32_t & left = resident_slot_[where(placing.evicted_group, placing.evicted_expert)];
-                slot = left;
-                left = UNPLACED;
-                settle(slot);
-            } else {
-                slot = take_free(group);
-            }
-            Slot & filled = slots_[static_cast<size_t>(slot)];
-            filled.group = group;
-            filled.expert = expert;
-            filled.state.fill(ReadState::none);
-        }
-        pass.stays[i] = 1;
-        for (size_t p = 0; p < parts; ++p) {
-            pass.place[p * n + i] = slot;
-        }
-    }
+    place_misses(pass, group);
+    give_up_wrong_guesses(group);
     // By parts: the first one is computed while the others arrive. Those resident have nothing left to read,
     // or what an error left out.
     for (const size_t p : order) {
@@ -277,11 +176,48 @@ Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids,
             const ReadState state = slots_[static_cast<size_t>(slot)].state[p];
             if (state == ReadState::none || state == ReadState::failed) {
                 read(group, static_cast<int>(p), slot, pass.experts[i]);
+            } else if (state == ReadState::loading) {
+                reader_.promote(&slots_[static_cast<size_t>(slot)].state[p]);
             }
         }
     }
     pump(group, part);
     return pass;
+}
+
+size_t ExpertCache::warm(const std::vector<std::pair<int32_t, int32_t>> & experts) {
+    size_t count = 0;
+    for (const auto & [group, expert] : experts) {
+        if (policy_->resident(group, expert) || free_[global() ? 0 : static_cast<size_t>(group)].empty()) {
+            continue;
+        }
+        policy_->visit(group, &expert, 1, misses_);
+        if (!misses_.front().stays) {
+            continue;
+        }
+        const int slot = take_free(group);
+        Slot & filled = slots_[static_cast<size_t>(slot)];
+        filled.group = group;
+        filled.expert = expert;
+        resident_slot_[where(group, expert)] = slot;
+        const size_t parts = groups_[static_cast<size_t>(group)].parts.size();
+        for (size_t p = 0; p < parts; ++p) {
+            read(group, static_cast<int>(p), slot, expert);
+        }
+        ++count;
+    }
+    recover(); // what failed is read again when it is used, and fails then
+    return count;
+}
+
+std::vector<std::pair<int32_t, int32_t>> ExpertCache::residents() const {
+    std::vector<std::pair<int32_t, int32_t>> found;
+    for (int group = 0; group < static_cast<int>(groups_.size()); ++group) {
+        for (const int32_t expert : policy_->residents(group)) {
+            found.emplace_back(group, expert);
+        }
+    }
+    return found;
 }
 
 void ExpertCache::pump(int group, int part) {
@@ -347,7 +283,6 @@ int ExpertCache::take_free(int group) {
     std::vector<int> & list = free_[global() ? 0 : static_cast<size_t>(group)];
     const int slot = list.back(); // the policy counts them too
     list.pop_back();
-    settle(slot);
     return slot;
 }
 
@@ -367,14 +302,14 @@ void ExpertCache::release(int slot) {
     taken.expert = -1;
 }
 
-void ExpertCache::read(int group, int part, int slot, int expert) {
+void ExpertCache::read(int group, int part, int slot, int expert, bool ahead) {
     if (!checked_) { // once for all reads of a pass
         reader_.check_unchanged();
         checked_ = true;
     }
     const PartSpec & spec = groups_[static_cast<size_t>(group)].parts[static_cast<size_t>(part)];
     Slot & filled = slots_[static_cast<size_t>(slot)];
-    const Layout & layout = layouts_[static_cast<size_t>(group)];
+    const SlotLayout & layout = layouts_[static_cast<size_t>(group)];
     ReadRequest request;
     request.file = spec.file;
     request.offset = spec.offset + static_cast<uint64_t>(expert) * spec.nbytes;
@@ -382,6 +317,7 @@ void ExpertCache::read(int group, int part, int slot, int expert) {
     request.target = filled.base + offset_in_slot(group, part, filled.segment);
     request.area = request.target - layout.lead[static_cast<size_t>(part)];
     request.state = &filled.state[static_cast<size_t>(part)];
+    request.ahead = ahead;
     totals_[static_cast<size_t>(group)].bytes += spec.nbytes;
     reader_.submit(request);
 }
@@ -431,11 +367,11 @@ void ExpertCache::recover() {
             release(static_cast<int>(id));
             continue;
         }
-        bool whole = true;
-        for (size_t p = 0; p < groups_[static_cast<size_t>(slot.group)].parts.size(); ++p) {
-            whole = whole && slot.state[p] == ReadState::ready;
-        }
-        if (!whole) {
+        slot.guessed = false;
+        if (!whole(slot) && slot.spare) {
+            slot.group = -1;
+            slot.expert = -1;
+        } else if (!whole(slot)) {
             policy_->drop(slot.group, slot.expert);
             resident_slot_[where(slot.group, slot.expert)] = UNPLACED;
             free_[global() ? 0 : static_cast<size_t>(slot.group)].push_back(static_cast<int>(id));

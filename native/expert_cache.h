@@ -7,37 +7,23 @@
 
 #include "policy.h"
 #include "reader.h"
+#include "sharing.h"
 
 #include <array>
 #include <functional>
 
 namespace tt {
 
-inline constexpr size_t MAX_PARTS = 4;
-
-struct PartSpec {
-    int file = 0;
-    uint64_t offset = 0; // of expert 0; the others follow
-    uint64_t nbytes = 0; // of one expert
-};
-struct GroupSpec {
-    int experts = 0;
-    std::vector<PartSpec> parts;
-};
-
-struct CacheOptions {
-    PolicyKind policy = PolicyKind::lru;
-    std::vector<double> frequency; // for the fixed policy: [group][most experts of a group]
-    uint64_t bytes = 0;            // of all slots
-    int used = 1;                  // experts that a token uses in a layer
-};
-
 struct GroupTotals {
     uint64_t uses = 0; // distinct experts, summed over passes
-    uint64_t hits = 0; // of these, resident when the pass began
+    uint64_t hits = 0; // of these, in memory when the pass began, but for those that were read ahead for it
     uint64_t passes = 0;
     uint64_t bytes = 0;       // asked of the drive, without the rest of sectors
     double stall_seconds = 0; // waited with nothing to compute
+    uint64_t guess_uses = 0;  // uses of passes for which there was a guess
+    uint64_t guess_named = 0; // of these, among the likeliest that a pass may use
+    uint64_t guess_reads = 0; // experts that were read ahead
+    uint64_t guess_found = 0; // of these, used in the pass that they were read for
 };
 
 // Slots at equal distances, so that one tensor can show all of them. A slot is for all parts of an expert
@@ -54,7 +40,10 @@ struct Slot {
     int index = 0; // in its segment
     char * base = nullptr;
     bool passing = false;
-    int group = -1; // whose expert is in it; -1: nobody's
+    bool spare = false;   // for what is read ahead, or has left only just
+    bool guessed = false; // read ahead for the group's next pass
+    uint64_t since = 0;   // spare: when it got its expert
+    int group = -1;       // whose expert is in it; -1: nobody's
     int expert = -1;
     std::array<ReadState, MAX_PARTS> state{};
 };
@@ -99,6 +88,18 @@ public:
     const Slot * arrived(int group, int part, size_t i);
     // This part of experts[i] was computed and is not needed again in this pass.
     void finished(int group, int part, size_t i);
+    // The experts that the group's next pass will use, likeliest first; the first `named` of them are what it
+    // would use if the guess were right. As many as there is room for are read ahead.
+    void guess(int group, const std::vector<int32_t> & experts, size_t named);
+    // Fills free slots with experts that are likely to be used: (group, expert), likeliest last. Waits for
+    // the reads, which may fail without consequence. How many were read.
+    size_t warm(const std::vector<std::pair<int32_t, int32_t>> & experts);
+    bool has(int group, int expert) const {
+        return group >= 0 && static_cast<size_t>(group) < groups_.size() && expert >= 0 &&
+               expert < groups_[static_cast<size_t>(group)].experts;
+    }
+    // What is in memory, in that order: by group, the longest unused first.
+    std::vector<std::pair<int32_t, int32_t>> residents() const;
     // After an error: waits for all reads and forgets what they did not bring.
     void recover();
 
@@ -115,17 +116,16 @@ public:
     std::function<void(int, const Pass &)> on_pass;
 
 private:
-    struct Layout {
-        size_t slot_bytes = 0;
-        std::array<size_t, MAX_PARTS> offset{}; // of the part's area in the slot
-        std::array<size_t, MAX_PARTS> lead{};   // of the data in the area, the same for all experts
-        size_t largest_area = 0;
-    };
-    Layout lay_out(const GroupSpec & group) const;
-    void share_out();
-    void add_segment(size_t stride, int count, bool passing, int group);
+    void share_out_slots();
+    void add_segment(size_t stride, int count, int spare, bool passing, int group);
     void build(Pass & pass, const std::vector<int32_t> & ids, int tokens, int used) const;
-    void read(int group, int part, int slot, int expert);
+    void place_misses(Pass & pass, int group);
+    int spare_with(int group, int expert) const;
+    int oldest_spare(int group) const;
+    void give_up_wrong_guesses(int group);
+    bool loading(const Slot & slot) const;
+    bool whole(const Slot & slot) const;
+    void read(int group, int part, int slot, int expert, bool ahead = false);
     void settle(int slot); // waits until nothing is read into it
     int take_passing(int group, int part);
     int take_free(int group);
@@ -139,7 +139,7 @@ private:
     std::vector<GroupSpec> groups_;
     CacheOptions options_;
     Reader & reader_;
-    std::vector<Layout> layouts_;
+    std::vector<SlotLayout> layouts_;
     std::vector<GroupTotals> totals_;
     int most_experts_ = 0;
     uint64_t nbytes_ = 0;
@@ -147,9 +147,13 @@ private:
     std::vector<Segment> segments_;
     std::vector<size_t> segment_offset_;
     std::vector<Slot> slots_;
-    std::vector<int> passing_;           // slots for experts that do not stay
-    std::vector<std::vector<int>> free_; // slots of their own that hold nothing: per group, or one list
-    std::vector<int32_t> resident_slot_; // [group][expert]
+    std::vector<int> passing_;                // slots for experts that do not stay
+    std::vector<std::vector<int>> free_;      // slots of their own that hold nothing: per group, or one list
+    std::vector<std::vector<int>> spare_;     // per group
+    std::vector<int32_t> resident_slot_;      // [group][expert]
+    std::vector<std::vector<int32_t>> named_; // per group: by a guess for its next pass
+    uint64_t now_ = 0;                        // one tick for each slot that becomes a spare one
+    uint64_t pass_began_ = 0;                 // a tick
     std::unique_ptr<Policy> policy_;
     std::vector<Pass> passes_;               // per group
     std::vector<std::vector<size_t>> order_; // per group: of its parts, as the last whole pass asked for them

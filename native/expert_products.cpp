@@ -14,6 +14,7 @@ constexpr size_t GATHER_BYTES = 4u << 20;
 // One thread computes as much at once, for so few tokens, sooner than it could wake the others.
 constexpr uint64_t ALONE_BYTES = 4u << 20;
 constexpr size_t ALONE_ROWS = 8;
+constexpr int64_t GUESS_TOKENS = 4; // more of them use most experts
 constexpr int TYPE_F32 = 0;
 constexpr int TYPE_I32 = 26;
 constexpr int FLAG_COMPUTE = 16;
@@ -119,6 +120,56 @@ void Computer::product_of(const Tensor & node, const Weight & weight, const Pass
     add(product);
 }
 
+// The next layer's router on this layer's input, while this layer's experts are on their way.
+void Computer::guess_next(const Tensor & node, int group) {
+    std::vector<Router> & routers = store_->routers;
+    const size_t here = static_cast<size_t>(group), next = here + 1;
+    if (here >= routers.size()) {
+        return;
+    }
+    if (!routers[here].looked_for) {
+        routers[here] = find_router(node);
+    }
+    if (next == routers.size() || !routers[next].weight || node.src[1]->ne[2] > GUESS_TOKENS ||
+        !store_->guessing()) {
+        return;
+    }
+    const Router & router = routers[next];
+    const Tensor & input = *node.src[1];
+    const size_t width = static_cast<size_t>(router.weight->ne[0]), tokens = static_cast<size_t>(input.ne[2]);
+    const size_t n = static_cast<size_t>(router.weight->ne[1]);
+    if (input.ne[0] != router.weight->ne[0] || input.type != TYPE_F32) {
+        return; // another part of the experts comes first here
+    }
+    const std::vector<float> scale = input_scale(routers[here], router);
+    char * in = scratch(tokens * width * sizeof(float));
+    for (size_t token = 0; token < tokens; ++token) {
+        float * row = reinterpret_cast<float *>(in) + token * width;
+        std::memcpy(row, static_cast<const char *>(input.data) + token * input.nb[2], width * sizeof(float));
+        for (size_t i = 0; i < scale.size(); ++i) {
+            row[i] *= scale[i];
+        }
+    }
+    scores_.resize(tokens * n);
+    Tensor product = f32_tensor(reinterpret_cast<const char *>(scores_.data()), static_cast<int64_t>(n),
+                                static_cast<int64_t>(tokens));
+    std::swap(product.ne[1], product.ne[2]);
+    product.nb[2] = product.nb[3];
+    product.op = operations().mul_mat;
+    product.flags = FLAG_COMPUTE;
+    product.src[0] = const_cast<Tensor *>(router.weight);
+    Tensor activations = f32_tensor(in, static_cast<int64_t>(width), static_cast<int64_t>(tokens));
+    std::swap(activations.ne[1], activations.ne[2]);
+    activations.nb[2] = activations.nb[3];
+    product.src[1] = keep(activations);
+    add(product);
+    run(true);
+    const size_t named = std::min(n, store_->used() * tokens);
+    rank(router, scores_, n, store_->used(), ranked_);
+    ranked_.resize(std::min(n, std::max(named, store_->guesses())));
+    experts().guess(group + 1, ranked_, named);
+}
+
 void Computer::expert_product(Tensor * node, const Weight & weight) {
     const int group = weight.group, part = weight.part;
     const Tensor & ids = *node->src[2];
@@ -142,6 +193,9 @@ void Computer::expert_product(Tensor * node, const Weight & weight) {
     }
     const Pass & pass = experts().begin(group, part, ids_, static_cast<int>(tokens), static_cast<int>(used));
     store_->reader().poll();
+    if (pass.asked.size() == 1) {
+        guess_next(*node, group);
+    }
 
     const size_t n = pass.experts.size();
     std::vector<size_t> left(n);

@@ -225,6 +225,18 @@ void Policy::drop(int group, int expert) {
     }
 }
 
+std::vector<int32_t> Policy::residents(int group) const {
+    std::vector<int32_t> found;
+    for (int expert = 0; expert < options_.experts; ++expert) {
+        if (resident(group, expert)) {
+            found.push_back(expert);
+        }
+    }
+    std::sort(found.begin(), found.end(),
+              [&](int32_t a, int32_t b) { return last_use_[key(group, a)] < last_use_[key(group, b)]; });
+    return found;
+}
+
 size_t Policy::oldest(int group) const {
     size_t found = NONE;
     for (size_t k = key(group, 0); k < key(group, options_.experts); ++k) {

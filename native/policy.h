@@ -46,6 +46,8 @@ public:
     void visit(int group, const int32_t * experts, size_t count, std::vector<Placing> & misses);
 
     bool resident(int group, int expert) const { return resident_[key(group, expert)] != 0; }
+    // Those of a group, the longest unused first.
+    std::vector<int32_t> residents(int group) const;
 
     // Forgets a resident expert that is not in memory after all, such as after a failed read.
     void drop(int group, int expert);

@@ -60,43 +60,48 @@ uint64_t direct_sector(int descriptor) {
 } // namespace
 
 Reader::Reader(ReaderOptions options) : options_(std::move(options)) {
-    std::vector<int64_t> handles;
-    for (size_t i = 0; i < options_.files.size(); ++i) {
-        try {
-            files_.push_back(open_file(options_.files[i], options_.file_sizes[i]));
-        } catch (...) {
-            for (File & file : files_) {
-                close_file(file);
+    try {
+        std::vector<int64_t> handles;
+        for (size_t i = 0; i < options_.files.size(); ++i) {
+            files_.push_back(open_file(options_.files[i]));
+            File & file = files_.back();
+            identify(file, file.size, file.modified);
+            if (file.size != options_.file_sizes[i]) {
+                throw ReadError(file.path + " was changed while it was loaded; load it again");
             }
-            throw;
+            handles.push_back(file.handle);
         }
-        handles.push_back(files_.back().handle);
-    }
-    if (options_.method != 2) {
-        pieces_ = make_uring_reader(handles, options_.queue_depth);
-    }
-    if (!pieces_ && options_.method != 1) {
-        pieces_ = make_thread_reader(handles, std::min(options_.queue_depth, 16));
-    }
-    if (!pieces_) {
-        for (File & file : files_) {
-            close_file(file);
+        if (options_.method != 2) {
+            pieces_ = make_uring_reader(handles, options_.queue_depth);
         }
-        throw ReadError("this system does not allow io_uring; use the reader \"threads\"");
+        if (!pieces_ && options_.method != 1) {
+            pieces_ = make_thread_reader(handles, std::min(options_.queue_depth, 16));
+        }
+        if (!pieces_) {
+            throw ReadError("this system does not allow io_uring; use the reader \"threads\"");
+        }
+    } catch (...) {
+        close_files();
+        throw;
     }
 }
 
 Reader::~Reader() {
     drain();
     pieces_.reset();
+    close_files();
+}
+
+void Reader::close_files() {
     for (File & file : files_) {
         close_file(file);
     }
+    files_.clear();
 }
 
 #if defined(_WIN32)
 
-Reader::File Reader::open_file(const std::string & path, uint64_t size) {
+Reader::File Reader::open_file(const std::string & path) {
     File file;
     file.path = path;
     const int length = MultiByteToWideChar(CP_UTF8, 0, path.c_str(), -1, nullptr, 0);
@@ -110,11 +115,6 @@ Reader::File Reader::open_file(const std::string & path, uint64_t size) {
     }
     file.handle = reinterpret_cast<int64_t>(handle);
     file.direct = true;
-    identify(file, file.size, file.modified);
-    if (file.size != size) {
-        close_file(file);
-        throw ReadError(path + " was changed while it was loaded; load it again");
-    }
     return file;
 }
 
@@ -134,7 +134,7 @@ void Reader::identify(const File & file, uint64_t & size, uint64_t & modified) {
 
 #else
 
-Reader::File Reader::open_file(const std::string & path, uint64_t size) {
+Reader::File Reader::open_file(const std::string & path) {
     File file;
     file.path = path;
     int descriptor = -1;
@@ -157,11 +157,6 @@ Reader::File Reader::open_file(const std::string & path, uint64_t size) {
 #else
     file.sector = 1;
 #endif
-    identify(file, file.size, file.modified);
-    if (file.size != size) {
-        close_file(file);
-        throw ReadError(path + " was changed while it was loaded; load it again");
-    }
     return file;
 }
 
@@ -243,7 +238,7 @@ void Reader::submit(const ReadRequest & request) {
                        request.area + at,
                        index,
                        0};
-        waiting_.push_back(piece);
+        (request.ahead ? ahead_ : waiting_).push_back(piece);
         ++active_[index].pieces_left;
     }
     start_more();
@@ -252,16 +247,66 @@ void Reader::submit(const ReadRequest & request) {
 void Reader::start_more() {
     batch_.clear();
     while (!waiting_.empty() && under_way_ < static_cast<size_t>(options_.queue_depth)) {
-        if (under_way_ == 0) {
-            busy_since_ = now();
-        }
-        batch_.push_back(waiting_.front());
-        waiting_.pop_front();
-        ++under_way_;
+        start(waiting_);
+    }
+    // few, so that what is wanted next does not queue up behind them
+    const int ahead_depth = std::min(options_.ahead_depth, options_.queue_depth);
+    while (waiting_.empty() && !ahead_.empty() && under_way_ < static_cast<size_t>(ahead_depth)) {
+        start(ahead_);
     }
     if (!batch_.empty()) {
         pieces_->start(batch_.data(), batch_.size());
     }
+}
+
+void Reader::start(std::deque<Piece *> & queue) {
+    if (under_way_ == 0) {
+        busy_since_ = now();
+    }
+    batch_.push_back(queue.front());
+    queue.pop_front();
+    ++under_way_;
+}
+
+// The request with this state, of which a piece waits in the second queue; or one that is none.
+size_t Reader::ahead_request(const ReadState * state) const {
+    for (const Piece * piece : ahead_) {
+        if (active_[piece->request].request.state == state) {
+            return piece->request;
+        }
+    }
+    return active_.size();
+}
+
+void Reader::promote(const ReadState * state) {
+    const size_t request = ahead_request(state);
+    if (request == active_.size()) {
+        return;
+    }
+    const auto moved = std::stable_partition(ahead_.begin(), ahead_.end(),
+                                             [&](const Piece * piece) { return piece->request != request; });
+    waiting_.insert(waiting_.end(), moved, ahead_.end());
+    ahead_.erase(moved, ahead_.end());
+    start_more();
+}
+
+bool Reader::drop(ReadState * state) {
+    const size_t request = ahead_request(state);
+    if (request == active_.size()) {
+        return false;
+    }
+    const auto left = std::stable_partition(ahead_.begin(), ahead_.end(),
+                                            [&](const Piece * piece) { return piece->request != request; });
+    if (static_cast<size_t>(ahead_.end() - left) < active_[request].pieces_left) {
+        return false; // the rest is worth it: nobody else waits for it now
+    }
+    free_pieces_.insert(free_pieces_.end(), left, ahead_.end());
+    ahead_.erase(left, ahead_.end());
+    *state = ReadState::none;
+    active_[request].used = false;
+    free_active_.push_back(request);
+    --requests_under_way_;
+    return true;
 }
 
 void Reader::advance(int milliseconds) {

@@ -26,12 +26,13 @@ struct ReadRequest {
     int file = 0;
     uint64_t offset = 0; // of the first byte wanted
     uint64_t nbytes = 0;
-    // Memory for the range of whole sectors that encloses the bytes: sector_range() long, aligned to
-    // alignment().
+    // Memory for the range of whole sectors that encloses the bytes: sector_range() long, aligned to a sector
+    // and a cache line.
     char * area = nullptr;
     // Where the first byte must be in the end, in the area. Where the sectors put it elsewhere, it is moved.
     char * target = nullptr;
     ReadState * state = nullptr; // loading until the read has ended
+    bool ahead = false;          // wanted later, perhaps: starts when nothing that is wanted now waits
 };
 
 struct ReaderOptions {
@@ -39,6 +40,7 @@ struct ReaderOptions {
     std::vector<uint64_t> file_sizes; // as the header was read
     int method = 0;                   // 0: the best there is; 1: io_uring; 2: threads
     int queue_depth = 32;             // pieces under way at a time
+    int ahead_depth = 8;              // while only reads ahead wait
     uint64_t piece = 1 << 20;         // bytes of the largest piece
 };
 
@@ -80,12 +82,18 @@ public:
     Reader(const Reader &) = delete;
     Reader & operator=(const Reader &) = delete;
 
+    // The granularity of reads of a file.
+    uint64_t sector(int file) const { return files_[static_cast<size_t>(file)].sector; }
     // Bytes of memory that a request needs, and how far into them its first byte comes to lie.
     uint64_t sector_range(int file, uint64_t offset, uint64_t nbytes) const;
     uint64_t lead(int file, uint64_t offset) const { return offset % sector(file); }
-    uint64_t alignment(int file) const { return sector(file) > CACHE_LINE ? sector(file) : CACHE_LINE; }
 
     void submit(const ReadRequest & request);
+    // A read ahead, known by its state, is wanted now; nothing happens where it is none, or has ended.
+    void promote(const ReadState * state);
+    // Gives up a read ahead of which nothing was asked of the drive yet: its state is none again. False where
+    // it goes on.
+    bool drop(ReadState * state);
     // Looks after what has ended, without waiting.
     void poll() { advance(0); }
     // Waits until something has ended, for about `milliseconds` at most. Does nothing where nothing is under
@@ -126,9 +134,11 @@ private:
         bool used = false;
     };
 
-    uint64_t sector(int file) const { return files_[static_cast<size_t>(file)].sector; }
-    static File open_file(const std::string & path, uint64_t size);
+    static File open_file(const std::string & path);
     static void close_file(File & file);
+    void close_files();
+    size_t ahead_request(const ReadState * state) const;
+    void start(std::deque<Piece *> & queue);
     static void identify(const File & file, uint64_t & size, uint64_t & modified);
     void advance(int milliseconds);
     void start_more();
@@ -141,7 +151,7 @@ private:
     std::vector<size_t> free_active_;
     std::deque<Piece> piece_storage_;
     std::vector<Piece *> free_pieces_;
-    std::deque<Piece *> waiting_;
+    std::deque<Piece *> waiting_, ahead_;
     std::vector<Piece *> batch_, ended_;
     size_t under_way_ = 0;          // pieces
     size_t requests_under_way_ = 0; // waiting ones too

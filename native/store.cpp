@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 
 #if defined(_WIN32)
@@ -64,6 +65,10 @@ Memory::~Memory() {
 
 namespace {
 
+// Experts read ahead where nothing else is said: about what can be read from one layer's last expert to the
+// next layer's choice.
+constexpr int GUESSES = 2;
+
 // Gathers the tensors of a configuration into groups of experts and a list of the others.
 struct Sorted {
     std::vector<GroupSpec> groups;
@@ -119,7 +124,43 @@ Sorted sort_tensors(const tt_tier_config & config, std::vector<Weight> & weights
     return sorted;
 }
 
+CacheOptions cache_options(const tt_tier_config & config, const std::vector<GroupSpec> & groups) {
+    CacheOptions cache;
+    cache.policy = static_cast<PolicyKind>(config.policy);
+    cache.bytes = config.expert_bytes;
+    cache.used = std::max(config.used, 1);
+    cache.guesses = config.guesses >= 0 ? config.guesses : std::min(cache.used, GUESSES);
+    if (cache.policy == PolicyKind::global_lru) {
+        if (config.guesses > 0) {
+            throw ReadError("nothing can be read ahead where all layers share their room");
+        }
+        cache.guesses = 0;
+    }
+    if (config.frequency) {
+        int most = 0;
+        for (const GroupSpec & group : groups) {
+            most = std::max(most, group.experts);
+        }
+        cache.frequency.assign(config.frequency,
+                               config.frequency + groups.size() * static_cast<size_t>(most));
+    }
+    return cache;
+}
+
 } // namespace
+
+std::vector<int> capacities(const tt_tier_config & config, uint64_t sector) {
+    std::vector<Weight> weights(static_cast<size_t>(config.n_tensors));
+    const Sorted sorted = sort_tensors(config, weights);
+    if (sorted.groups.empty()) {
+        return {};
+    }
+    std::vector<SlotLayout> layouts;
+    for (const GroupSpec & group : sorted.groups) {
+        layouts.push_back(lay_out(group, [sector](int) { return sector; }));
+    }
+    return share_out(sorted.groups, layouts, cache_options(config, sorted.groups)).capacity;
+}
 
 Store::Store(const tt_tier_config & config) : weights_(static_cast<size_t>(config.n_tensors)) {
     Sorted sorted = sort_tensors(config, weights_);
@@ -134,23 +175,20 @@ Store::Store(const tt_tier_config & config) : weights_(static_cast<size_t>(confi
     reading.method = config.reader;
     reading.queue_depth = std::clamp(config.queue_depth, 1, 1024);
     reading.piece = std::max<uint64_t>(config.read_bytes, Reader::SECTOR_MAX);
+    reading.ahead_depth = std::max(reading.queue_depth / 2, 1);
     reader_ = std::make_unique<Reader>(std::move(reading));
     uint64_t nbytes = 0;
     if (!sorted.groups.empty()) {
-        CacheOptions cache;
-        cache.policy = static_cast<PolicyKind>(config.policy);
-        cache.bytes = config.expert_bytes;
-        cache.used = std::max(config.used, 1);
-        if (config.frequency) {
-            int most = 0;
-            for (const GroupSpec & group : sorted.groups) {
-                most = std::max(most, group.experts);
-            }
-            cache.frequency.assign(config.frequency,
-                                   config.frequency + sorted.groups.size() * static_cast<size_t>(most));
-        }
+        CacheOptions cache = cache_options(config, sorted.groups);
+        used_ = static_cast<size_t>(cache.used);
+        guesses_ = static_cast<size_t>(cache.guesses);
+        always_guess_ = config.guesses > 0;
+        routers.resize(guesses_ > 0 ? sorted.groups.size() : 0);
         experts_ = std::make_unique<ExpertCache>(std::move(sorted.groups), std::move(cache), *reader_);
-        experts_->on_pass = [this](int group, const Pass & pass) { write_trace(group, pass); };
+        experts_->on_pass = [this](int group, const Pass & pass) {
+            write_trace(group, pass);
+            time(group, pass);
+        };
         nbytes += (experts_->nbytes() + Reader::SECTOR_MAX - 1) / Reader::SECTOR_MAX * Reader::SECTOR_MAX;
     }
     const uint64_t dense_at = nbytes;
@@ -198,8 +236,23 @@ void Store::loaded() {
     }
 }
 
+size_t Store::warm(const int32_t * pairs, size_t count) {
+    if (!experts_) {
+        return 0;
+    }
+    std::vector<std::pair<int32_t, int32_t>> wanted;
+    for (size_t i = 0; i < count; ++i) {
+        const int32_t group = pairs[2 * i], expert = pairs[2 * i + 1];
+        if (experts_->has(group, expert)) {
+            wanted.emplace_back(group, expert);
+        }
+    }
+    return experts_->warm(wanted);
+}
+
 void Store::forget_tensors() {
     hidden_.clear();
+    routers.assign(routers.size(), Router{});
 }
 
 void Store::read_weight(const Weight & weight, uint64_t offset, uint64_t nbytes, void * target) {
@@ -239,6 +292,16 @@ void Store::trace(const char * path) {
     }
 }
 
+// Tokens one after another are what the trial of guesses compares.
+void Store::time(int group, const Pass & pass) {
+    if (pass.tokens != 1) {
+        trial_.interrupted();
+    } else if (group == 0) {
+        const auto now = std::chrono::steady_clock::now().time_since_epoch();
+        trial_.token(std::chrono::duration<double>(now).count());
+    }
+}
+
 void Store::write_trace(int group, const Pass & pass) {
     if (!trace_) {
         return;
@@ -271,6 +334,7 @@ void Store::stats(tt_tier_stats & stats) const {
     stats.drive_busy_seconds = reader_->totals().busy_seconds;
     stats.direct = reader_->direct() ? 1 : 0;
     stats.locked = memory_->locked() ? 1 : 0;
+    stats.guessing = guessing() ? 1 : 0;
     std::snprintf(stats.reader, sizeof(stats.reader), "%s", reader_->method());
 }
 

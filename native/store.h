@@ -5,6 +5,7 @@
 #include "dense_store.h"
 #include "expert_cache.h"
 #include "ggml_api.h"
+#include "routers.h"
 #include "tensortier.h"
 
 #include <cstdio>
@@ -46,6 +47,9 @@ private:
     bool locked_ = false;
 };
 
+// How many experts would stay of each group, or of all together, on a drive with such sectors.
+std::vector<int> capacities(const tt_tier_config & config, uint64_t sector);
+
 class Store {
 public:
     explicit Store(const tt_tier_config & config);
@@ -59,6 +63,8 @@ public:
     void hide(Weight & weight, Tensor * tensor);
     // Gives all of them their shape back, and reads what always stays.
     void loaded();
+    // Reads experts into free slots, as ExpertCache::warm; what the model does not have is left out.
+    size_t warm(const int32_t * pairs, size_t count);
     // The model is gone.
     void forget_tensors();
 
@@ -76,9 +82,16 @@ public:
     void trace(const char * path);
     void stats(tt_tier_stats & stats) const;
     uint64_t scratch_bytes = 0; // the most that computing took beside our memory
+    // Of the routers of each group of experts, in order; empty where nothing is to be read ahead.
+    std::vector<Router> routers;
+    // Whether to read ahead for the next group now.
+    bool guessing() const { return !routers.empty() && (always_guess_ || trial_.guessing()); }
+    size_t guesses() const { return guesses_; }
+    size_t used() const { return used_; }
 
 private:
     void write_trace(int group, const Pass & pass);
+    void time(int group, const Pass & pass);
 
     std::vector<Weight> weights_;
     std::map<std::string, Weight *> by_name_;
@@ -87,6 +100,9 @@ private:
     std::unique_ptr<ExpertCache> experts_;
     std::unique_ptr<DenseStore> dense_;
     std::unique_ptr<Memory> memory_;
+    Trial trial_;
+    bool always_guess_ = false;
+    size_t guesses_ = 0, used_ = 1;
     std::FILE * trace_ = nullptr;
     std::string trace_path_;
     std::string error_;

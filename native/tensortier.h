@@ -131,6 +131,7 @@ struct tt_tier_config {
     int32_t reader;           // 0: the best there is, 1: io_uring, 2: threads
     int32_t queue_depth;      // reads under way at a time
     uint64_t read_bytes;      // of the largest single read
+    int32_t guesses;          // experts read ahead per layer; 0: none, -1: where that is measured to gain
 };
 
 // What a tier has done since it was opened. Bytes are those of weights; drive_bytes are whole sectors.
@@ -150,14 +151,19 @@ struct tt_tier_stats {
     double drive_busy_seconds; // with at least one read under way
     int32_t direct;            // 1: past the page cache
     int32_t locked;            // 1: the memory cannot be swapped out
+    int32_t guessing;          // 1: experts are read ahead now
     char reader[16];
 };
 
 struct tt_tier_group_stats {
     uint64_t passes;
-    uint64_t uses;  // distinct experts, summed over passes
-    uint64_t hits;  // of these, in memory when the pass began
-    uint64_t bytes; // read for the others
+    uint64_t uses;        // distinct experts, summed over passes
+    uint64_t hits;        // of these, in memory when the pass began, but for those read ahead for it
+    uint64_t bytes;       // read for the others
+    uint64_t guess_uses;  // uses of passes for which there was a guess
+    uint64_t guess_named; // of these, named by it
+    uint64_t guess_reads; // experts read ahead
+    uint64_t guess_found; // of these, used in the pass that they were read for
     double stall_seconds;
     int32_t capacity; // experts that stay; of all groups together for policy 1
 };
@@ -176,6 +182,21 @@ TT_API void * tt_tier_planned_buffer_type(char * error, size_t error_size);
 // To be called once, when llama.cpp has loaded the model and before a context is made of it. Returns 0, or 1
 // with one line in `error`.
 TT_API int tt_tier_loaded(void * tier, char * error, size_t error_size);
+
+// Reads experts that are likely to be used into free slots: pairs of (group, expert), likeliest last. Returns
+// how many were read, or -1 with one line in `error`.
+TT_API int64_t tt_tier_warm(void * tier, const int32_t * pairs, int64_t count, char * error,
+                            size_t error_size);
+
+// The experts that stay now, in the order that tt_tier_warm takes: writes up to `capacity` pairs and returns
+// how many there are.
+TT_API int64_t tt_tier_residents(void * tier, int32_t * pairs, int64_t capacity);
+
+// How many experts would stay of each group (for policy 1: of all groups, once), were this opened on a drive
+// that reads `sector` bytes at least. Opens and allocates nothing. Returns how many numbers there are, or -1
+// with one line in `error`.
+TT_API int32_t tt_tier_capacities(const struct tt_tier_config * config, uint64_t sector, int32_t * capacities,
+                                  int32_t size, char * error, size_t error_size);
 
 // Why a computation last failed; empty where none has since the last call.
 TT_API void tt_tier_error(void * tier, char * error, size_t error_size);

@@ -2,6 +2,7 @@
 
 #include "backend.h"
 
+#include <algorithm>
 #include <chrono>
 #include <exception>
 #include <random>
@@ -70,6 +71,44 @@ int tt_tier_loaded(void * tier, char * error, size_t error_size) {
     return guarded(error, error_size, [&] { handle(tier).store->loaded(); });
 }
 
+int64_t tt_tier_warm(void * tier, const int32_t * pairs, int64_t count, char * error, size_t error_size) {
+    int64_t read = -1;
+    guarded(error, error_size, [&] {
+        tt::Store & store = *handle(tier).store;
+        const std::lock_guard<std::mutex> lock(store.mutex);
+        read = static_cast<int64_t>(store.warm(pairs, static_cast<size_t>(count)));
+    });
+    return read;
+}
+
+int64_t tt_tier_residents(void * tier, int32_t * pairs, int64_t capacity) {
+    tt::Store & store = *handle(tier).store;
+    const std::lock_guard<std::mutex> lock(store.mutex);
+    if (!store.experts()) {
+        return 0;
+    }
+    const auto residents = store.experts()->residents();
+    for (size_t i = 0; i < residents.size() && static_cast<int64_t>(i) < capacity; ++i) {
+        pairs[2 * i] = residents[i].first;
+        pairs[2 * i + 1] = residents[i].second;
+    }
+    return static_cast<int64_t>(residents.size());
+}
+
+int32_t tt_tier_capacities(const tt_tier_config * config, uint64_t sector, int32_t * capacities, int32_t size,
+                           char * error, size_t error_size) {
+    int32_t count = -1;
+    tell(error, error_size, "");
+    try {
+        const std::vector<int> found = tt::capacities(*config, sector);
+        count = static_cast<int32_t>(found.size());
+        std::copy_n(found.begin(), std::min(count, size), capacities);
+    } catch (const std::exception & exception) {
+        tell(error, error_size, exception.what());
+    }
+    return count;
+}
+
 void tt_tier_error(void * tier, char * error, size_t error_size) {
     tt::Store & store = *handle(tier).store;
     const std::lock_guard<std::mutex> lock(store.mutex);
@@ -91,8 +130,11 @@ int tt_tier_group_stats_get(void * tier, tt_tier_group_stats * rows, int capacit
     const int groups = static_cast<int>(store.experts()->groups());
     for (int group = 0; group < groups && group < capacity; ++group) {
         const tt::GroupTotals & totals = store.experts()->totals(group);
-        rows[group] = {totals.passes, totals.uses,          totals.hits,
-                       totals.bytes,  totals.stall_seconds, store.experts()->capacity(group)};
+        rows[group] = {totals.passes,        totals.uses,
+                       totals.hits,          totals.bytes,
+                       totals.guess_uses,    totals.guess_named,
+                       totals.guess_reads,   totals.guess_found,
+                       totals.stall_seconds, store.experts()->capacity(group)};
     }
     return groups;
 }

@@ -31,8 +31,10 @@ PROMPT = tuple(range(300, 380))  # more than two micro-batches
 
 
 def tier_plan(path: Path, pattern: str = EXPERTS, **fields: Any) -> Plan:
-    """A plan that leaves what ``pattern`` finds on the drive; ``fields`` are those of ``Tier``."""
-    return Plan(str(path), Placement(overrides=(Override(pattern, "TIER"),)), SETTINGS, tier=Tier(**fields))
+    """A plan that leaves what ``pattern`` finds on the drive; ``fields`` are those of ``Tier``. Nothing is read ahead
+    by guesses or kept from run to run unless they say so: then the simulator counts the same hits."""
+    tier = Tier(**{"guesses": 0, "warm_start": False, **fields})
+    return Plan(str(path), Placement(overrides=(Override(pattern, "TIER"),)), SETTINGS, tier=tier)
 
 
 def expert_bytes(path: Path) -> tuple[int, int]:

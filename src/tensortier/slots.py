@@ -1,4 +1,5 @@
-"""How many experts a budget of RAM holds: the rule of native/expert_cache.cpp, for budgets that are not here.
+"""How many experts a budget of RAM holds: the rule of native/sharing.cpp once more, for planning, which loads no native
+library. The tests hold the two against each other.
 
 The store shares its memory out among slots for experts that stay, of each layer as many as of any other, and a few
 places for parts of those that pass through. What an expert takes depends on where it lies in the file, because whole
@@ -17,7 +18,7 @@ from tensortier.types import ModelInfo, Tensor
 # A drive may do with less, 512 bytes: then slots are a little smaller, and there may be some more of them.
 SECTOR = 4096
 _LINE = 64  # of the processor's cache: the least that parts of a slot are aligned to
-_PASSING_BYTES, _PASSING_SHARE = 16 << 20, 8  # as in expert_cache.cpp
+_PASSING_BYTES, _PASSING_SHARE = 16 << 20, 8  # as in sharing.cpp
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensortier import gguf, placement, routing
-from tensortier._llama.libs import native
+from tensortier import gguf, placement, routing, warmstart
+from tensortier._llama.tierlib import (
+    GroupCounts,
+    PolicySetup,
+    TierConfig,
+    TierCounts,
+    TierTensor,
+    tier_library,
+)
 from tensortier.errors import LoadError, OutOfMemory, PlanError, UsageError
 from tensortier.pageable import DEVICE, EXPERT_WEIGHT, ORDER, can_page
 from tensortier.types import ModelInfo, Plan, Role, Tensor, TierLayerStats, TierStats
@@ -21,7 +28,8 @@ if TYPE_CHECKING:
 
 POLICIES = ("lru", "global-lru", "lfu", "static", "second-touch")  # in the order of tt_tier_config.policy
 READERS = ("auto", "io_uring", "threads")
-MAX_PARTS = 4  # of an expert, in native/expert_cache.h
+MAX_PARTS = 4  # of an expert, in native/sharing.h
+MAX_GUESSES = 4096
 
 _DENSE, _EXPERTS, _SMALL = 0, 1, 2  # tt_tier_tensor.kind
 
@@ -29,131 +37,6 @@ _DENSE, _EXPERTS, _SMALL = 0, 1, 2  # tt_tier_tensor.kind
 _PARTS = (Role.EXPERT_GATE_UP, Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
 _ATTENTION = ("attn_qkv", "attn_q", "attn_k", "attn_v")
 _LAST = ("attn_output.weight", "ssm_out.weight")
-
-
-class _Tensor(ctypes.Structure):
-    """``tt_tier_tensor`` of native/tensortier.h"""
-
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("kind", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("part", ctypes.c_int32),
-        ("experts", ctypes.c_int32),
-        ("file", ctypes.c_int32),
-        ("offset", ctypes.c_uint64),
-        ("nbytes", ctypes.c_uint64),
-    )
-
-
-class _Config(ctypes.Structure):
-    """``tt_tier_config``"""
-
-    _fields_ = (
-        ("files", ctypes.POINTER(ctypes.c_char_p)),
-        ("file_sizes", ctypes.POINTER(ctypes.c_uint64)),
-        ("n_files", ctypes.c_int32),
-        ("tensors", ctypes.POINTER(_Tensor)),
-        ("n_tensors", ctypes.c_int32),
-        ("n_groups", ctypes.c_int32),
-        ("used", ctypes.c_int32),
-        ("policy", ctypes.c_int32),
-        ("expert_bytes", ctypes.c_uint64),
-        ("dense_bytes", ctypes.c_uint64),
-        ("frequency", ctypes.POINTER(ctypes.c_double)),
-        ("reader", ctypes.c_int32),
-        ("queue_depth", ctypes.c_int32),
-        ("read_bytes", ctypes.c_uint64),
-    )
-
-
-class _Stats(ctypes.Structure):
-    """``tt_tier_stats``"""
-
-    _fields_ = (
-        ("memory_bytes", ctypes.c_uint64),
-        ("scratch_bytes", ctypes.c_uint64),
-        ("expert_slots", ctypes.c_uint64),
-        ("passing_slots", ctypes.c_uint64),
-        ("resident_bytes", ctypes.c_uint64),
-        ("ring_bytes", ctypes.c_uint64),
-        ("dense_uses", ctypes.c_uint64),
-        ("dense_hits", ctypes.c_uint64),
-        ("dense_bytes", ctypes.c_uint64),
-        ("dense_stall_seconds", ctypes.c_double),
-        ("drive_bytes", ctypes.c_uint64),
-        ("drive_reads", ctypes.c_uint64),
-        ("drive_busy_seconds", ctypes.c_double),
-        ("direct", ctypes.c_int32),
-        ("locked", ctypes.c_int32),
-        ("reader", ctypes.c_char * 16),
-    )
-
-
-class _GroupStats(ctypes.Structure):
-    """``tt_tier_group_stats``"""
-
-    _fields_ = (
-        ("passes", ctypes.c_uint64),
-        ("uses", ctypes.c_uint64),
-        ("hits", ctypes.c_uint64),
-        ("bytes", ctypes.c_uint64),
-        ("stall_seconds", ctypes.c_double),
-        ("capacity", ctypes.c_int32),
-    )
-
-
-class _Policy(ctypes.Structure):
-    """``tt_policy``"""
-
-    _fields_ = (
-        ("kind", ctypes.c_int32),
-        ("groups", ctypes.c_int32),
-        ("experts", ctypes.c_int32),
-        ("capacity", ctypes.POINTER(ctypes.c_int32)),
-        ("frequency", ctypes.POINTER(ctypes.c_double)),
-    )
-
-
-def _library() -> ctypes.CDLL:
-    library = native()
-    error = (ctypes.c_char_p, ctypes.c_size_t)
-    handle = ctypes.c_void_p
-    library.tt_tier_open.argtypes = [ctypes.POINTER(_Config), *error]
-    library.tt_tier_open.restype = handle
-    library.tt_tier_buffer_type.argtypes = [handle]
-    library.tt_tier_buffer_type.restype = handle
-    library.tt_tier_loaded.argtypes = [handle, *error]
-    library.tt_tier_error.argtypes = [handle, *error]
-    library.tt_tier_error.restype = None
-    library.tt_tier_stats_get.argtypes = [handle, ctypes.POINTER(_Stats)]
-    library.tt_tier_stats_get.restype = None
-    library.tt_tier_group_stats_get.argtypes = [handle, ctypes.POINTER(_GroupStats), ctypes.c_int]
-    library.tt_tier_trace.argtypes = [handle, ctypes.c_char_p, *error]
-    library.tt_tier_inject.argtypes = [handle, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
-    library.tt_tier_inject.restype = None
-    library.tt_tier_close.argtypes = [handle]
-    library.tt_tier_close.restype = None
-    library.tt_policy_replay.argtypes = [
-        ctypes.POINTER(_Policy),
-        ctypes.POINTER(ctypes.c_int32),
-        ctypes.c_size_t,
-        ctypes.POINTER(ctypes.c_uint64),
-        ctypes.POINTER(ctypes.c_uint64),
-        *error,
-    ]
-    library.tt_policy_replay.restype = ctypes.c_int64
-    library.tt_bench_reads.argtypes = [
-        ctypes.c_char_p,
-        ctypes.c_uint64,
-        ctypes.c_int32,
-        ctypes.c_int32,
-        ctypes.c_uint64,
-        ctypes.c_double,
-        *error,
-    ]
-    library.tt_bench_reads.restype = ctypes.c_double
-    return library
 
 
 def paged_tensors(model: ModelInfo, plan: Plan) -> tuple[Tensor, ...]:
@@ -186,6 +69,26 @@ def _experts_of(tensor: Tensor) -> tuple[int, str] | None:
     return tensor.layer, found[1]
 
 
+def _native_rows(tensors: Sequence[Tensor]) -> tuple[Any, tuple[tuple[int, str], ...], int]:
+    """The weights in the plug-in's terms, the groups of experts that they make up, and the most experts of one."""
+    groups = tuple(dict.fromkeys(key for tensor in tensors if (key := _experts_of(tensor))))
+    rows = (TierTensor * len(tensors))()
+    parts = [0] * len(groups)
+    for row, tensor in zip(rows, tensors, strict=True):
+        row.name = tensor.name.encode()
+        row.file, row.offset, row.nbytes = tensor.file, tensor.offset, tensor.nbytes
+        key = _experts_of(tensor)
+        if key is None:
+            row.kind = _SMALL if tensor.role.is_routed_expert else _DENSE
+            continue
+        group = groups.index(key)
+        row.kind, row.group, row.part = _EXPERTS, group, parts[group]
+        row.experts = tensor.shape[2]
+        parts[group] += 1
+    assert max(parts, default=0) <= MAX_PARTS
+    return rows, groups, max((t.shape[2] for t in tensors if _experts_of(t)), default=0)
+
+
 class PagedWeights:
     """The store of one model's weights on the drive. ``loaded`` must be called once llama.cpp has loaded the
     model, before a context is made; ``close`` after the model was freed.
@@ -200,40 +103,32 @@ class PagedWeights:
         if plan.tier is None:
             raise PlanError(f'overrides send weights to {DEVICE}, but the plan has no section "tier"')
         self._handle: int | None = None
-        self._library = _library()
+        self._warm_experts = 0
+        self._library = tier_library()
         settings = plan.tier
         if settings.policy not in POLICIES:
             raise PlanError(f"unknown policy {settings.policy!r}; one of: {', '.join(POLICIES)}")
+        if not -1 <= settings.guesses <= MAX_GUESSES or (
+            settings.guesses > 0 and settings.policy == "global-lru"
+        ):
+            raise PlanError(
+                f"{settings.guesses} guesses with policy {settings.policy!r}: from -1 to {MAX_GUESSES}, and none where "
+                "all layers share their room"
+            )
         if settings.reader not in READERS:
             raise PlanError(f"unknown reader {settings.reader!r}; one of: {', '.join(READERS)}")
         model = gguf.read(Path(plan.model))
         tensors = paged_tensors(model, plan)
         if not tensors:
             raise PlanError(f'the plan has a section "tier", but no override sends a weight to {DEVICE}')
-        keys = (key for tensor in tensors if (key := _experts_of(tensor)))
-        self._groups = tuple(dict.fromkeys(keys))
-        experts = max((t.shape[2] for t in tensors if _experts_of(t)), default=0)
+        rows, self._groups, experts = _native_rows(tensors)
         self.shape = (len(self._groups), experts)  # of the routing: layers with experts, experts of each
-        self._open(model, settings, self._rows(tensors))
+        self._model = model
+        self._warm_start = settings.warm_start
+        self._open(self._config(settings, rows))
 
-    def _rows(self, tensors: Sequence[Tensor]) -> Any:
-        rows = (_Tensor * len(tensors))()
-        parts = [0] * len(self._groups)
-        for row, tensor in zip(rows, tensors, strict=True):
-            row.name = tensor.name.encode()
-            row.file, row.offset, row.nbytes = tensor.file, tensor.offset, tensor.nbytes
-            key = _experts_of(tensor)
-            if key is None:
-                row.kind = _SMALL if tensor.role.is_routed_expert else _DENSE
-                continue
-            group = self._groups.index(key)
-            row.kind, row.group, row.part = _EXPERTS, group, parts[group]
-            row.experts = tensor.shape[2]
-            parts[group] += 1
-        assert max(parts, default=0) <= MAX_PARTS
-        return rows
-
-    def _open(self, model: ModelInfo, settings: Settings, rows: Any) -> None:
+    def _config(self, settings: Settings, rows: Any) -> TierConfig:
+        model = self._model
         groups, _ = self.shape
         frequency = None
         if settings.policy == "static" and groups:
@@ -241,7 +136,7 @@ class PagedWeights:
                 raise PlanError('policy "static" needs a profile: a routing trace')
             counts = self._recorded(model, settings.profile)
             frequency = (ctypes.c_double * counts.size)(*counts.ravel().tolist())
-        config = _Config(
+        return TierConfig(
             files=(ctypes.c_char_p * len(model.files))(*map(os.fsencode, model.files)),
             file_sizes=(ctypes.c_uint64 * len(model.files))(*model.file_sizes),
             n_files=len(model.files),
@@ -256,7 +151,10 @@ class PagedWeights:
             reader=READERS.index(settings.reader),
             queue_depth=settings.queue_depth,
             read_bytes=settings.read_bytes,
+            guesses=settings.guesses,
         )
+
+    def _open(self, config: TierConfig) -> None:
         error = ctypes.create_string_buffer(1024)
         self._handle = self._library.tt_tier_open(ctypes.byref(config), error, len(error))
         if not self._handle:
@@ -286,7 +184,8 @@ class PagedWeights:
         return self._handle
 
     def loaded(self) -> None:
-        """Gives the model its weights on the drive, and reads what always stays in RAM.
+        """Gives the model its weights on the drive, and reads what always stays in RAM; then the experts that stayed
+        the last time.
 
         Raises:
             LoadError: that could not be read.
@@ -294,6 +193,14 @@ class PagedWeights:
         error = ctypes.create_string_buffer(1024)
         if self._library.tt_tier_loaded(self._open_handle(), error, len(error)):
             raise LoadError(error.value.decode(errors="replace"))
+        if not self._warm_start or not self._groups:
+            return
+        experts = warmstart.read(self._model, self.shape)
+        pairs = (ctypes.c_int32 * (2 * len(experts)))(*(number for pair in experts for number in pair))
+        count = self._library.tt_tier_warm(self._open_handle(), pairs, len(experts), error, len(error))
+        if count < 0:
+            raise LoadError(error.value.decode(errors="replace"))
+        self._warm_experts = count
 
     def take_error(self) -> str:
         """Why a computation failed since the last call; empty where none has."""
@@ -303,12 +210,24 @@ class PagedWeights:
 
     def stats(self) -> TierStats:
         """Since the model was loaded."""
-        raw = _Stats()
-        rows = (_GroupStats * max(len(self._groups), 1))()
+        raw = TierCounts()
+        rows = (GroupCounts * max(len(self._groups), 1))()
         self._library.tt_tier_stats_get(self._open_handle(), ctypes.byref(raw))
         count = self._library.tt_tier_group_stats_get(self._open_handle(), rows, len(rows))
         layers = tuple(
-            TierLayerStats(layer, row.capacity, row.passes, row.uses, row.hits, row.bytes, row.stall_seconds)
+            TierLayerStats(
+                layer,
+                row.capacity,
+                row.passes,
+                row.uses,
+                row.hits,
+                row.bytes,
+                row.stall_seconds,
+                row.guess_uses,
+                row.guess_named,
+                row.guess_reads,
+                row.guess_found,
+            )
             for (layer, _), row in zip(self._groups, rows[:count], strict=True)
         )
         return TierStats(
@@ -329,7 +248,17 @@ class PagedWeights:
             raw.reader.decode(),
             bool(raw.direct),
             bool(raw.locked),
+            bool(raw.guessing),
+            self._warm_experts,
         )
+
+    def residents(self) -> list[tuple[int, int]]:
+        """(layer's number among those with experts, expert) of all experts that stay, of each layer the longest
+        unused first."""
+        groups, experts = self.shape
+        pairs = (ctypes.c_int32 * (2 * groups * experts))()
+        count = self._library.tt_tier_residents(self._open_handle(), pairs, groups * experts)
+        return [(pairs[2 * i], pairs[2 * i + 1]) for i in range(count)]
 
     def trace(self, path: Path | None) -> None:
         """Routing is written to ``path`` from now on (see ``read_trace``); None ends that and closes the file.
@@ -350,8 +279,41 @@ class PagedWeights:
     def close(self) -> None:
         """Closes the files and frees the memory, once the model is freed too. Closing twice is fine."""
         if self._handle is not None:
+            if self._warm_start and any(layer.uses for layer in self.stats().layers):
+                warmstart.write(self._model, self.shape, self.residents())
             self._library.tt_tier_close(self._handle)
             self._handle = None
+
+
+def capacities(model: ModelInfo, tensors: Sequence[Tensor], settings: Settings, sector: int) -> list[int]:
+    """How many experts would stay of each layer (for "global-lru": of all, one number), as the store itself counts on
+    a drive that reads ``sector`` bytes at least. Nothing is opened, and guesses are left out: they take slots of
+    those that stay.
+
+    Args:
+        tensors: the weights on the drive, in the order of use.
+
+    Raises:
+        LoadError: the room is too small for one layer's experts.
+    """
+    rows, groups, _ = _native_rows(tensors)
+    config = TierConfig(
+        n_files=len(model.files),
+        tensors=rows,
+        n_tensors=len(rows),
+        n_groups=len(groups),
+        used=model.n_expert_used,
+        policy=POLICIES.index(settings.policy),
+        expert_bytes=settings.expert_bytes,
+    )
+    found = (ctypes.c_int32 * max(len(groups), 1))()
+    error = ctypes.create_string_buffer(1024)
+    count = tier_library().tt_tier_capacities(
+        ctypes.byref(config), sector, found, len(found), error, len(error)
+    )
+    if count < 0:
+        raise LoadError(error.value.decode(errors="replace"))
+    return list(found[:count])
 
 
 def drive_bandwidth(
@@ -363,7 +325,7 @@ def drive_bandwidth(
         UsageError: the file cannot be read so.
     """
     error = ctypes.create_string_buffer(1024)
-    library = _library()
+    library = tier_library()
     rate: float = library.tt_bench_reads(
         os.fsencode(path),
         path.stat().st_size,
@@ -454,12 +416,12 @@ def replay(
         if frequency.shape != shape:
             raise UsageError(f"frequencies of shape {frequency.shape} for a model of {shape}")
         weights = (ctypes.c_double * frequency.size)(*frequency.ravel().tolist())
-    setup = _Policy(POLICIES.index(policy), groups, experts, room, weights)
+    setup = PolicySetup(POLICIES.index(policy), groups, experts, room, weights)
     numbers = np.ascontiguousarray(trace, dtype=np.int32)
     hits, uses = np.zeros(groups, np.uint64), np.zeros(groups, np.uint64)
     error = ctypes.create_string_buffer(1024)
     unsigned = ctypes.POINTER(ctypes.c_uint64)
-    passes = _library().tt_policy_replay(
+    passes = tier_library().tt_policy_replay(
         ctypes.byref(setup),
         numbers.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
         numbers.size,

@@ -209,8 +209,10 @@ class Tier:
     policy: str = "lru"  # which experts stay: "lru", "global-lru", "lfu", "static", "second-touch"
     profile: str | None = None  # a routing trace with the frequencies that policy "static" goes by
     reader: str = "auto"  # "io_uring", "threads"
-    queue_depth: int = 16  # reads under way at a time: the fewer, the sooner the first of them is there
-    read_bytes: int = 512 << 10  # of the largest single read
+    queue_depth: int = 24  # reads under way at a time: the fewer, the sooner the first of them is there
+    read_bytes: int = 2 << 20  # of the largest single read
+    guesses: int = -1  # experts of the next layer read ahead, by its router; 0: none, -1: where it proves faster
+    warm_start: bool = True  # experts that stayed when the model was last closed are read when it is loaded
 
 
 @dataclass(frozen=True)
@@ -370,9 +372,13 @@ class TierLayerStats:
     capacity: int  # experts that stay in RAM; of all layers together for policy "global-lru"
     passes: int  # tokens, or micro-batches of them
     uses: int  # distinct experts, summed over passes
-    hits: int  # of these, in RAM when the pass began
+    hits: int  # of these, in RAM when the pass began, but for those read ahead for it
     bytes_read: int
     stall_seconds: float  # waited for the drive with nothing to compute
+    guess_uses: int = 0  # uses of passes for which the layer before had made a guess
+    guess_named: int = 0  # of these, named by it
+    guess_reads: int = 0  # experts read ahead
+    guess_found: int = 0  # of these, used in the pass that they were read for
 
 
 @dataclass(frozen=True)
@@ -396,6 +402,20 @@ class TierStats:
     reader: str  # "io_uring", "threads"
     direct: bool  # past the page cache
     locked: bool  # the memory cannot be swapped out
+    guessing: bool = False  # experts are read ahead now
+    warm_experts: int = 0  # read when the model was loaded, because they stayed the last time
+
+    @property
+    def guess_recall(self) -> float:
+        """Of the experts used where there was a guess, the share that it named; 0 where there was none."""
+        uses = sum(layer.guess_uses for layer in self.layers)
+        return sum(layer.guess_named for layer in self.layers) / uses if uses else 0.0
+
+    @property
+    def guess_precision(self) -> float:
+        """Of the experts read ahead, the share that was used; 0 where there was none."""
+        reads = sum(layer.guess_reads for layer in self.layers)
+        return sum(layer.guess_found for layer in self.layers) / reads if reads else 0.0
 
     @property
     def hit_rate(self) -> float:

@@ -75,6 +75,20 @@ def test_real_mixture(moe_path: Path, expected_of_moe: runs.Floats) -> None:
             assert paged.stats().memory_bytes <= budget
 
 
+@pytest.mark.parametrize("guesses", [1, 4])
+def test_real_mixture_with_guesses(guesses: int, moe_path: Path, expected_of_moe: runs.Floats) -> None:
+    """Reading ahead changes nothing; the routers were fitted so that most of a guess is right (bench.moe_quality)."""
+    _, everything = runs.expert_bytes(moe_path)
+    plan = runs.tier_plan(moe_path, expert_bytes=everything // 2, guesses=guesses)
+    with runs.tiered(plan) as (model, ctx, paged):
+        assert np.array_equal(runs.generate(model, ctx), expected_of_moe)
+        stats = paged.stats()
+    assert stats.guessing
+    assert stats.guess_recall > 0.75  # 0.25 at random
+    assert stats.guess_precision > (0.5 if guesses <= 2 else 0.25)  # of four named, two are used
+    assert sum(layer.guess_reads for layer in stats.layers) > 12  # one per step at least
+
+
 def test_dense_model(smollm2_path: Path) -> None:
     with runs.stock(smollm2_path) as (model, ctx):
         expected = runs.generate(model, ctx)

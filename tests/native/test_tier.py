@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -62,6 +63,43 @@ def test_it_computes_what_stock_llama_cpp_computes(
         hits, uses = replay(trace, policy, capacity[:1] if policy == "global-lru" else capacity, (2, 8))
         assert hits.tolist() == [layer.hits for layer in stats.layers]
         assert uses.tolist() == [layer.uses for layer in stats.layers]
+
+
+@pytest.mark.parametrize("guesses", [1, 3, 8, -1])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "second-touch"])
+def test_reading_ahead_changes_no_result(
+    policy: str, guesses: int, path: Path, expected: runs.Floats
+) -> None:
+    least, everything = runs.expert_bytes(path)
+    for budget in (least, (least + everything) // 2, everything * 3 // 4, everything):
+        plan = runs.tier_plan(path, expert_bytes=budget, policy=policy, guesses=guesses, queue_depth=4)
+        with runs.tiered(plan) as (model, ctx, paged):
+            for _ in range(3):
+                assert np.array_equal(runs.generate(model, ctx, steps=4), expected)
+            first, second = paged.stats().layers
+        assert first.guess_reads == first.guess_uses == 0  # nothing comes before it that could guess
+        assert second.guess_uses == 2 * 4 * 3 or (
+            guesses < 0 and second.guess_uses < 2 * 4 * 3
+        )  # single tokens
+        assert second.guess_named <= second.guess_uses
+        assert second.guess_found <= second.guess_reads
+
+
+def test_read_errors_ahead_are_no_errors(path: Path, expected: runs.Floats) -> None:
+    """What cannot be read ahead is read again when it is needed, and fails only then."""
+    _, everything = runs.expert_bytes(path)
+    plan = runs.tier_plan(path, expert_bytes=everything // 2, guesses=4)
+    with runs.tiered(plan) as (model, ctx, paged):
+        assert np.array_equal(runs.generate(model, ctx, steps=4), expected)
+        failed = 0
+        for after in range(0, 60, 3):
+            llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(ctx), 0, 84, -1)
+            paged.inject_fault(-errno.EIO, after=after % 15, count=1)
+            if runs.decode(ctx, [300 + after], 84) < 0:
+                failed += 1
+                assert "Input/output error" in paged.take_error()
+            paged.inject_fault(0, count=0)
+        assert np.array_equal(runs.generate(model, ctx, steps=4), expected)
 
 
 @pytest.mark.parametrize("reader", ["auto", "threads"])
