@@ -1,6 +1,6 @@
 """What batching brings: 64 requests one after the other, and all at once, in turn, with the same engine.
 
-    python -m bench.batching [--parallel 16] [--requests 64] [--tokens 48] [--rounds 2] [model.gguf]
+    python -m bench.batching [--parallel 16] [--requests 64] [--tokens 64] [--rounds 1] [model.gguf]
 
 Each request asks about its own number, and its answer is bound to that number by a grammar; a lost or mixed one ends
 the run. Expected on SmolLM2 with two cores: at least 2 times the tokens/s of the sequential run. The ceiling is the
@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--parallel", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     path = Path(library.find(args.model))
     settings = Settings(n_ctx=4096, n_seq_max=args.parallel, threads=threads_for(0))

@@ -251,7 +251,9 @@ class Engine:
 
         _check_sampling(sampling, loaded.n_vocab)
         if not loaded.generates:
-            raise UsageError("this model makes embeddings, not text")
+            raise UsageError(
+                "this model does not generate text: it makes embeddings, or needs an encoder first"
+            )
         self._check_length(tokens)
         room = loaded.n_ctx - len(tokens)
         seed = sampling.seed if sampling.seed is not None else random.getrandbits(32)
@@ -310,6 +312,7 @@ class Engine:
         """Ends all requests with ``Cancelled`` and frees the model and everything it holds. Closing twice is fine."""
         self._closed = True
         self._release()
+        self._scheduler.close()  # waits, where another thread was first
 
     def __enter__(self) -> Engine:
         return self

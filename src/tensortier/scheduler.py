@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tensortier._llama import log
 from tensortier._llama.loaded import POOLING_NONE, Loaded
 from tensortier._llama.sampling import logprob
 from tensortier._llama.sequences import Batch, Held, Outcome, Sequences
@@ -58,6 +59,7 @@ class Scheduler:
         self._free: list[Held] = list(self._sequences.all)  # the longest unused first
         self._active: list[Task] = []  # in order of arrival
         self._waiting: list[Task] = []  # in order of arrival
+        self._full = False  # somebody was sent back: nobody is let in before somebody ends
         self._turn = 0  # whose prompt comes next
         self._embedded_last = False
         # A lock that its thread may take again: the garbage collector may drop a Request anywhere.
@@ -197,6 +199,9 @@ class Scheduler:
     # --- who gets a sequence
 
     def _admit(self) -> None:
+        if self._full and self._active:
+            return
+        self._full = False
         while self._waiting and self._free:
             task = self._waiting[0]
             held = self._place(task)
@@ -302,6 +307,7 @@ class Scheduler:
             if self._closing or any(task.cancelled for task in self._computing):
                 self._computing = ()
                 return  # the next round takes note of it first
+        record = log.Recording()
         vectors: list[NDArray[np.float64]] = []
         if embeds:
             outcome, vectors = self._sequences.embed(self._batch)
@@ -321,8 +327,8 @@ class Scheduler:
             self._give_way([task for task, _ in parts])
         else:
             told = self._take_error()
-            if outcome is Outcome.FAILED:
-                told = told or "llama.cpp failed while it computed"
+            if outcome is Outcome.FAILED and not told:
+                told = f"llama.cpp failed while it computed: {record.reason('it gave no reason')}"
             for task, _ in parts if told else ():
                 if not task.cancelled:
                     self._end(task, GenerationError(told))
@@ -340,6 +346,7 @@ class Scheduler:
                 self._sequences.clear(left)
             with self._lock:
                 insort(self._waiting, newest, key=_number)
+            self._full = True
             return
         for task in tasks:
             if isinstance(task, Generation) and task.first is not None:
@@ -439,6 +446,7 @@ class Scheduler:
 
     def _end(self, task: Task, error: TensortierError | None) -> None:
         self._leave(task)
+        self._full = False
         task.ended = True
         if error is not None and isinstance(task, Generation):
             task.count(None)

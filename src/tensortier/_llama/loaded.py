@@ -99,8 +99,9 @@ class Loaded:
 
     @property
     def generates(self) -> bool:
-        """False for models that only make embeddings."""
-        return bool(self.memory) and bool(self._bindings.llama_model_has_decoder(self.model))
+        """False for models that only make embeddings, and for those that encode a text before they answer."""
+        encodes = self._bindings.llama_model_has_encoder(self.model)
+        return bool(self.memory) and bool(self._bindings.llama_model_has_decoder(self.model)) and not encodes
 
     # --- tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from typing import Any
 
@@ -125,7 +126,10 @@ def _grammar(loaded: Loaded, text: str) -> Any:
     record = log.Recording()
     with _stderr, log.captured_stderr() as printed:  # the parser prints its reason there
         sampler = bindings.llama_sampler_init_grammar(loaded.vocab, text.encode(), b"root")
-    if not sampler:
+    if sampler:
+        for line in printed:  # another thread's
+            print(line, file=sys.stderr)
+    else:
         parser = [line.partition("error parsing grammar: ")[2] for line in printed]
         told = [reason for reason in parser if reason]
         reason = told[0] if told else record.reason("it has no rule named root, or does not parse")

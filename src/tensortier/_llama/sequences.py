@@ -134,13 +134,16 @@ class Sequences:
         """How many of the first ``n`` tokens could be gone on from: ``n`` or 0."""
         if n in (0, len(held.tokens)):
             return n
-        if self._loaded.recurrent or self._loaded.hybrid:
+        if self._loaded.recurrent or self._loaded.hybrid or not self._window_is_there(held, n):
             return 0
-        if self._loaded.n_swa:
-            first = self._bindings.llama_memory_seq_pos_min(self._memory, held.number)
-            if first < 0 or first > max(0, n - self._loaded.n_swa):
-                return 0
         return n
+
+    def _window_is_there(self, held: Held, n: int) -> bool:
+        """Whether what the token behind the first ``n`` would look at was not overwritten."""
+        if not self._loaded.n_swa:
+            return True
+        first: int = self._bindings.llama_memory_seq_pos_min(self._memory, held.number)
+        return 0 <= first <= max(0, n - self._loaded.n_swa)
 
     def copy(self, source: Held, target: Held, n: int) -> int:
         """Gives ``target`` the first ``n`` tokens of ``source``, without copying data; it must be empty. Returns how
