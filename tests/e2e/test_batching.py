@@ -178,7 +178,7 @@ def test_models_whose_state_cannot_be_cut(kind: str, synthetic: Callable[..., Pa
     path = (
         synthetic(**small, arch="qwen3next", shared=256, merged=True, qtype="Q8_0")
         if kind == "hybrid"
-        else synthetic(**{**small, "n_embd": 256}, arch="gpt-oss", qtype="Q8_0")
+        else synthetic(**small, arch="gpt-oss", qtype="F16", embedding="F16")
     )
     reference = Reference(path)
     settings = Settings(n_ctx=2048, n_batch=256, n_ubatch=64, n_seq_max=3, threads=2, flash_attention="off")
@@ -197,6 +197,26 @@ def test_models_whose_state_cannot_be_cut(kind: str, synthetic: Callable[..., Pa
         assert second.stats.cached_tokens >= len(prompts[4])  # to go on is always possible
         third = ask(engine, longer[:150], 10)
         reference.check(longer[:150], answer(third))
+    reference.llama.close()
+
+
+def test_copies_of_a_window_leave_room(synthetic: Callable[..., Path]) -> None:
+    """Cells of a sliding window that sequences share are not freed when it moves on: somebody must give way."""
+    small = {"layers": 4, "n_embd": 256, "n_ff": 256, "heads": 4, "kv_heads": 2, "experts": 4, "used": 2}
+    path = synthetic(**small, arch="gpt-oss", qtype="F16", embedding="F16")
+    reference = Reference(path)
+    settings = Settings(n_ctx=4096, n_batch=64, n_ubatch=64, n_seq_max=4, threads=2, flash_attention="off")
+    with Engine(Plan(str(path), settings=settings)) as engine:
+        beginning = engine.tokenize("The keeper of the lighthouse wrote a letter to his sister. " * 50)[:500]
+        first = ask(engine, beginning, 200)
+        next(first)
+        prompts = [[*beginning, *engine.tokenize(f" {topic}")] for topic in TOPICS[:6]]
+        requests = [ask(engine, prompt, 150) for prompt in prompts]
+        for prompt, request in zip(prompts, requests, strict=True):
+            tokens = answer(request)
+            assert len(tokens) == 150
+            reference.check(prompt, tokens)
+        assert len(answer(first)) == 199
     reference.llama.close()
 
 
