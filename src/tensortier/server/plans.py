@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tensortier import calibrate, deciding, formulas, measuring, memory, planfile
+from tensortier import calibrate, deciding, formulas, gguf, measuring, memory, planfile
 from tensortier.budget import PROCESS
 from tensortier.deciding import Wish
 from tensortier.errors import LoadError, TensortierError, UsageError
@@ -120,6 +120,13 @@ class Plans:
         finally:
             self._waiting -= 1
 
+    def _answers(self, path: str) -> memory.Answers:
+        """Who tells what a plan takes: llama.cpp, but formulas where there are RPC servers. Such a server has one
+        client at a time, which is the engine."""
+        if not self.wish.rpc:
+            return self
+        return memory.Formulas(gguf.read(path), {d.name: d.memory_free for d in self.machine.devices})
+
     def ask(self, plan: Plan) -> tuple[DeviceMemory, ...]:
         """llama.cpp's answer (``memory.Answers``), from a process that stays between questions."""
         if self._probe is None:
@@ -140,8 +147,9 @@ class Plans:
         if key not in self._curves:
             wish = _wished(self.wish, choice)
             rates = measuring.kept(self.machine, wish.settings, _log.warning)
-            base = slider.base(wish, self.machine, rates, self)
-            curve = slider.curve(base, self)
+            answers = self._answers(choice.model.path)
+            base = slider.base(wish, self.machine, rates, answers)
+            curve = slider.curve(base, answers)
             told = json.dumps(_curve_json(choice, base, curve), separators=(",", ":")).encode()
             self._curves[key] = (base, told)
             while len(self._curves) > _CURVES:
@@ -151,7 +159,7 @@ class Plans:
 
     def _plan(self, choice: Choice, budget: int | None) -> bytes:
         base, _ = self._curve(choice)
-        plan = base.plan if budget is None else slider.plan_at(base, budget, self)
+        plan = base.plan if budget is None else slider.plan_at(base, budget, self._answers(choice.model.path))
         kept = Kept(_id(plan), base.model, choice.model.name, plan)
         self._plans[kept.id] = kept
         self._plans.move_to_end(kept.id)

@@ -52,7 +52,7 @@ function blocks(lines, depth) {
       const inner = [];
       while (at < lines.length && QUOTE.test(lines[at])) inner.push(QUOTE.exec(lines[at++])[1]);
       found.push(el("blockquote", {}, ...blocks(inner, depth + 1)));
-    } else if (ITEM.test(line) && depth < DEEPEST && (!paragraph.length || !/\d/.test(ITEM.exec(line)[2]))) {
+    } else if (ITEM.test(line) && depth < DEEPEST && (!paragraph.length || !/\d/.test(ITEM.exec(line)[2]) || parseInt(ITEM.exec(line)[2], 10) === 1)) {
       flush();
       const [list, next] = listFrom(lines, at, depth);
       found.push(list);
@@ -166,7 +166,7 @@ function inline(text, depth = 0) {
 }
 
 function emphasis(mark, children) {
-  if (mark === "***") return el("strong", {}, el("em", {}, ...children));
+  if (mark === "***") return el("em", {}, el("strong", {}, ...children));
   if (mark === "~~") return el("del", {}, ...children);
   return el(mark.length === 2 ? "strong" : "em", {}, ...children);
 }
