@@ -60,13 +60,29 @@ async function loadModels(select) {
   else list.replaceChildren(el("option", { text: "No model on this machine yet" }));
 }
 
-async function onDownloaded() {
-  await loadModels().catch((error) => complain(error.message));
+/** The model with this path. The server looks at its folders every few seconds only, so a new one may take a moment. */
+async function listed(path) {
+  for (let attempt = 0; attempt < 6; attempt += 1) {
+    if (attempt) await new Promise((resolve) => setTimeout(resolve, 700));
+    await loadModels();
+    const model = page.models.find((m) => m.path === path);
+    if (model) return model;
+  }
+  throw new Error(`The server does not list ${path}.`);
+}
+
+function onDownloaded(download) {
+  listed(download.path).catch((error) => complain(error.message));
 }
 
 async function useModel(path) {
-  const model = page.models.find((m) => m.path === path);
-  if (!model) return;
+  let model;
+  try {
+    model = await listed(path);
+  } catch (error) {
+    complain(error.message);
+    return;
+  }
   $("find-dialog").close();
   $("model").value = model.id;
   page.applied = null;

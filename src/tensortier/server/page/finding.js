@@ -7,7 +7,7 @@ import { get, post, remove } from "./server.js";
 const OVER = ["done", "failed", "cancelled"];
 
 export class Finding {
-  /** `onDone()` is called once for each download that is complete, `onUse(path)` when somebody wants such a model. */
+  /** `onDone(download)` is called once for each download that is complete, `onUse(path)` when somebody wants such a model. */
   constructor(onDone, onUse) {
     this.onDone = onDone;
     this.onUse = onUse;
@@ -91,7 +91,7 @@ export class Finding {
       if (download.phase === "done" && !this.done.has(download.id)) {
         this.done.add(download.id);
         $("search-status").textContent = `${download.file} is here.`;
-        this.onDone();
+        this.onDone(download);
       }
     }
     const gone = new Set(downloads.map((d) => d.id));
