@@ -286,10 +286,10 @@ class Engine:
             raise UsageError("this model ranks texts, it makes no embeddings")
         tokens = _tokens(loaded, text)
         self._check_length(tokens)
-        if loaded.pooling != POOLING_NONE and len(tokens) > loaded.n_ubatch:
+        if len(tokens) > loaded.longest_text:
             raise ContextFull(
-                f"the input's {len(tokens)} tokens do not fit in a micro-batch of {loaded.n_ubatch}, "
-                "which this model needs them to"
+                f"the input's {len(tokens)} tokens are more than the {loaded.longest_text} "
+                "that this model computes at once"
             )
         return EmbeddingTask(tokens, mean=loaded.pooling == POOLING_NONE)
 

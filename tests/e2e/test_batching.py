@@ -21,6 +21,7 @@ from tensortier._llama.memory import allocated
 from tensortier.engine import Engine, Request
 from tensortier.errors import Cancelled, ContextFull, GenerationError, TensortierError, UsageError
 from tensortier.types import GenerationStats, Piece, Plan, Sampling, Settings
+from tests.models import bert
 
 TOPICS = ["the sea", "a lighthouse", "bread", "the moon", "iron", "chess", "a river", "rain", "bees", "glass"]
 CLOSE = 0.01  # of logits with a deviation of 2: sums in another order, in batches of another size
@@ -418,3 +419,22 @@ def test_memory_stays_as_predicted(kind: str, tiny_path: Path, synthetic: Callab
             assert len(answer(request)) == request.stats.completion_tokens > 0
         engine.embed(["word " * 300, "Hello"])
         assert allocated(engine._loaded.context) == predicted
+
+
+@pytest.mark.parametrize("pooling", [1, 2])  # mean, the first token
+def test_an_encoder(pooling: int, tmp_path: Path) -> None:
+    """It pools by itself, and has no cache."""
+    path = bert.build(tmp_path / "encoder.gguf", pooling)
+    texts = ["hello world", "the sea is blue .", "a light house . " * 8, "."] * 3
+    stock = llama_cpp.Llama(str(path), n_ctx=64, n_batch=64, n_ubatch=64, embedding=True, verbose=False)
+    expected = [stock.embed(text) for text in texts]
+    stock.close()
+    settings = Settings(n_ctx=256, n_seq_max=4, n_ubatch=128, threads=1, flash_attention="off")
+    with Engine(Plan(str(path), settings=settings)) as engine:
+        for embedding, vector, text in zip(engine.embed(texts), expected, texts, strict=True):
+            assert embedding.n_tokens == len(text.split()) + 2
+            assert embedding.vector == pytest.approx(vector, abs=1e-4)
+        with pytest.raises(ContextFull, match="64"):  # it has no positions beyond
+            engine.embed(["hello " * 70])
+        with pytest.raises(UsageError, match="does not generate text"):
+            engine.complete("hello")

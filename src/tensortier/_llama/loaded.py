@@ -103,6 +103,15 @@ class Loaded:
         encodes = self._bindings.llama_model_has_encoder(self.model)
         return bool(self.memory) and bool(self._bindings.llama_model_has_decoder(self.model)) and not encodes
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens of a text that becomes an embedding: where the model pools, one micro-batch; an encoder has no more
+        positions than it was trained for."""
+        longest = self.n_ctx if self.pooling == POOLING_NONE else self.n_ubatch
+        if not self.memory:
+            longest = min(longest, self.n_ubatch, self._bindings.llama_model_n_ctx_train(self.model))
+        return longest
+
     # --- tokens
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
