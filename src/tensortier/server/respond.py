@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from tensortier.types import Piece
 
 _log = logging.getLogger("tensortier.server")
-_PING_SECONDS = 15.0  # a comment after so long without an event, for proxies that would close the connection
+_PING_SECONDS = 15.0  # between comments in a stream, for proxies that would close a connection without news
+_PING: tuple[int, None] = (-1, None)
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -141,31 +142,33 @@ class Work:
         request.listen(arrived)
 
     async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
-        """Of all answers, with their number, as they come; an empty list after a while without any. Raises what ended
-        an answer too early."""
+        """Of all answers, with their number, as they come; an empty list from time to time while there are none. Raises
+        what ended an answer too early."""
         running = len(self.requests)
-        while running:
-            try:
-                first = await asyncio.wait_for(self._arrived.get(), _PING_SECONDS)
-            except TimeoutError:
-                yield []
-                continue
-            found = [first]
-            while not self._arrived.empty():
-                found.append(self._arrived.get_nowait())
-            pieces: list[tuple[int, Piece]] = []
-            failure: TensortierError | None = None
-            for index, item in found:
-                if item is None:
-                    running -= 1
-                elif isinstance(item, TensortierError):
-                    failure = failure or item
-                else:
-                    pieces.append((index, item))
-            if pieces:
-                yield pieces
-            if failure is not None:
-                raise failure
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(_PING_SECONDS, self._arrived.put_nowait, _PING)
+        try:
+            while running:
+                found = [await self._arrived.get()]
+                while not self._arrived.empty():
+                    found.append(self._arrived.get_nowait())
+                pieces: list[tuple[int, Piece]] = []
+                failure: TensortierError | None = None
+                for index, item in found:
+                    if index < 0:
+                        timer = loop.call_later(_PING_SECONDS, self._arrived.put_nowait, _PING)
+                    elif item is None:
+                        running -= 1
+                    elif isinstance(item, TensortierError):
+                        failure = failure or item
+                    else:
+                        pieces.append((index, item))
+                if pieces or found == [_PING]:
+                    yield pieces
+                if failure is not None:
+                    raise failure
+        finally:
+            timer.cancel()
 
     def adopt(self, requests: Sequence[Request]) -> None:
         """Have ``end`` cancel these too; from any thread, also after it."""
