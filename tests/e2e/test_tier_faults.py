@@ -220,7 +220,7 @@ def test_fifty_loads_leak_nothing(reader: str, small_path: Path) -> None:
         once()
     assert entries("/proc/self/fd") == files
     assert threading.active_count() == threads
-    assert entries("/proc/self/task") == tasks
+    assert entries("/proc/self/task") <= tasks  # OpenMP's end a moment after the thread that they work for
     # each load allocates tens of MB; an allocator keeps a little
     assert resident() - before < 20 << 20
 

@@ -83,7 +83,12 @@ def with_room(plan: Plan, policy: str, capacity: tuple[int, ...], profile: Path)
         for nbytes in range(2 * one, 241 * one, one // 2):
             if slots.capacities(layers, 2, policy, nbytes) == capacity:
                 settings = dataclasses.replace(
-                    plan.tier, expert_bytes=nbytes, policy=policy, profile=str(profile)
+                    plan.tier,
+                    expert_bytes=nbytes,
+                    policy=policy,
+                    profile=str(profile),
+                    guesses=0,
+                    warm_start=False,
                 )
                 found = dataclasses.replace(plan, tier=settings)
                 if room_of(found, policy) == capacity:
