@@ -221,8 +221,8 @@ def test_fifty_loads_leak_nothing(reader: str, small_path: Path) -> None:
     assert entries("/proc/self/fd") == files
     assert threading.active_count() == threads
     assert entries("/proc/self/task") <= tasks  # OpenMP's end a moment after the thread that they work for
-    # each load allocates tens of MB; an allocator keeps a little
-    assert resident() - before < 20 << 20
+    # each load allocates tens of MB; an allocator keeps some of it, for each thread that there was at a time
+    assert resident() - before < 64 << 20
 
 
 def test_cancelled_while_reading(moe_path: Path) -> None:
