@@ -14,7 +14,8 @@ import pytest
 
 from tensortier.errors import Cancelled, LoadError, ModelNotFound, OutOfMemory, UsageError
 from tensortier.library import LibraryModel
-from tensortier.server.host import HostStopping, ModelHost, ModelUnavailable
+from tensortier.server.host import ModelHost
+from tensortier.server.loading import HostStopping, ModelUnavailable
 from tensortier.server.planning import Decision
 from tensortier.types import DeviceMemory, Plan, Settings
 
@@ -69,6 +70,9 @@ class World:
         if size > 4 * GIB - held.get("CPU", 0):
             raise UsageError("does not fit")
         return Decision(Plan(path, memory=(DeviceMemory("CPU", size, 0, 0),)))
+
+    def fits(self, plan: Plan, held: Mapping[str, int]) -> bool:
+        return plan.memory[0].total_bytes + held.get("CPU", 0) <= 4 * GIB
 
     def less(self, decision: Decision, failure: OutOfMemory) -> Decision:
         self.lessened += 1
@@ -271,6 +275,35 @@ def test_a_plan_replaces_an_engine(world: World, monkeypatch: pytest.MonkeyPatch
                 assert lease.name == "b"
             with pytest.raises(ModelNotFound):
                 host.load("/models/a.gguf")
+
+    run(work())
+
+
+def test_a_plan_that_was_made_for_the_whole_memory_gets_it(world: World) -> None:
+    async def work() -> None:
+        async with host_of(world) as host:
+            await used(host, "b")
+            for size in (2 * GIB, 3 * GIB):
+                host.load("c", Plan("/models/c.gguf", memory=(DeviceMemory("CPU", size, 0, 0),)))
+                await used(host, "c")
+                assert sum(e.plan.memory[0].total_bytes for e in world.alive) <= 4 * GIB
+            assert world.events == ["load a", "load b", "close a", "load c", "close c", "close b", "load c"]
+
+    run(work())
+
+
+def test_models_of_one_name_are_told_apart(world: World) -> None:
+    async def work() -> None:
+        twins = [LibraryModel("a", f"/models/{p}.gguf", GIB, "llama", "Q4_0", p) for p in "xyz"]
+        host = ModelHost(world, twins[1], engine=world.engine, list_models=lambda: twins)
+        for _ in range(2):
+            assert {m.name: m.source for m in await host.look()} == {"a": "y", "a@2": "x", "a@3": "z"}
+            await host.start()
+            host.load("a@2")
+            async with host.engine() as lease:
+                assert (lease.name, lease.engine.plan.model) == ("a@2", "/models/x.gguf")
+            host._scanned_at = float("-inf")
+        await host.close()
 
     run(work())
 

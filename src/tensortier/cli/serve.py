@@ -283,12 +283,11 @@ def _serve(
     from tensortier import deciding, downloads, hardware
     from tensortier.server import guard, listen
     from tensortier.server.app import make_app
-    from tensortier.server.host import ModelHost, make_engine
+    from tensortier.server.host import ModelHost
+    from tensortier.server.loading import make_engine
     from tensortier.server.planning import Planner
 
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="tensortier: %(levelname)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="tensortier: warning: %(message)s")
     with listen.bind(address, port) as bound:
         if listen.is_loopback(bound):
             limits = replace(limits, hosts=guard.hosts_of(address, limits.origins))
@@ -322,7 +321,7 @@ def _serve(
 def _served(name: str | None) -> LibraryModel | None:
     """The model to begin with; None where none was asked for and there is none. Raises ModelNotFound."""
     from tensortier import library
-    from tensortier.server.host import served_model
+    from tensortier.server.names import served_model
 
     if name is not None:
         return served_model(name)

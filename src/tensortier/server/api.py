@@ -22,8 +22,9 @@ from tensortier.deciding import Wish
 from tensortier.errors import UsageError
 from tensortier.export import quoting
 from tensortier.library import LibraryModel
-from tensortier.server.host import Loaded, ModelHost
+from tensortier.server.host import ModelHost
 from tensortier.server.live import Live
+from tensortier.server.loading import Loaded
 from tensortier.server.plans import Busy, Choice, Plans
 from tensortier.types import Hardware
 

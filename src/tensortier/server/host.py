@@ -5,18 +5,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from tensortier import library
-from tensortier.budget import PROCESS
 from tensortier.errors import Cancelled, LoadError, ModelNotFound, OutOfMemory, TensortierError, UsageError
 from tensortier.library import LibraryModel
+from tensortier.server.loading import (
+    HostStopping,
+    Lease,
+    Loaded,
+    MakeEngine,
+    ModelUnavailable,
+    Phase,
+    Planning,
+    Slot,
+    held_by,
+    make_engine,
+)
+from tensortier.server.names import named, unique
 from tensortier.server.planning import Decision
 from tensortier.server.threads import in_thread
 from tensortier.types import Plan
@@ -24,104 +34,12 @@ from tensortier.types import Plan
 if TYPE_CHECKING:
     from tensortier.engine import Engine
 
+_log = logging.getLogger("tensortier.server")
 _PLANS_AGAIN = 3  # after allocations that failed
 _PATIENCE_SECONDS = 5.0  # that running answers get before a model is replaced under them
 _RETRY_SECONDS = 5.0  # a load that failed is not tried again before
 _RESCAN_SECONDS = 2.0
 _STEPS = 200  # of progress that are told
-
-
-class Phase(StrEnum):
-    """``Loaded.phase``, in this order; "failed" ends it early."""
-
-    PLANNING = "planning"
-    LOADING = "loading"
-    READY = "ready"
-    UNLOADING = "unloading"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The state of one model that is loaded, or about to be."""
-
-    name: str
-    path: str
-    phase: Phase
-    fraction: float  # loaded, 0 to 1
-    error: str  # why it failed
-    plan: Plan | None  # None while planning
-    engine: Engine | None  # from "ready" on, until it is freed
-    users: int  # requests that hold it or wait for it
-
-
-@dataclass(frozen=True)
-class Lease:
-    """An engine that is not unloaded while the lease is held."""
-
-    name: str
-    engine: Engine
-
-
-class HostStopping(TensortierError):
-    """The server is about to end."""
-
-
-class ModelUnavailable(TensortierError):
-    """The model cannot be planned or loaded; the message says why."""
-
-
-class Planning(Protocol):
-    """Decides where a model goes; called in threads, one call at a time."""
-
-    def decide(self, path: str, held: Mapping[str, int]) -> Decision:
-        """``held``: bytes per device that models which stay loaded take."""
-
-    def less(self, decision: Decision, failure: OutOfMemory) -> Decision:
-        """After an allocation failed. Raises ``failure`` where nothing can be done."""
-
-
-MakeEngine = Callable[[Plan, Callable[[float], None], threading.Event], "Engine"]
-
-
-def make_engine(
-    plan: Plan, progress: Callable[[float], None], cancel: threading.Event, *, verbose: bool = False
-) -> Engine:
-    from tensortier.engine import Engine
-
-    return Engine(plan, progress=progress, cancel=cancel, verbose=verbose)
-
-
-class _Slot:
-    """One loading of one model. A model that is loaded again gets a new one."""
-
-    def __init__(self, model: LibraryModel, given: Plan | None) -> None:
-        self.model = model
-        self.given = given
-        self.phase = Phase.PLANNING
-        self.fraction = 0.0
-        self.error = ""
-        self.plan: Plan | None = given
-        self.engine: Engine | None = None
-        self.users = 0
-        self.used_at = time.monotonic()
-        self.stop = threading.Event()  # ends the loading
-
-    @property
-    def settled(self) -> bool:
-        return self.phase not in (Phase.PLANNING, Phase.LOADING)
-
-    def state(self) -> Loaded:
-        return Loaded(
-            self.model.name,
-            self.model.path,
-            self.phase,
-            self.fraction,
-            self.error,
-            self.plan,
-            self.engine,
-            self.users,
-        )
 
 
 class ModelHost:
@@ -161,11 +79,12 @@ class ModelHost:
         self._idle_seconds = idle_seconds
         self._make_engine = engine
         self._list_models = list_models
-        self._models: list[LibraryModel] = [] if served is None else [served]
+        self._first = [] if served is None else [served]  # it need not be in a model folder
+        self._models: list[LibraryModel] = list(self._first)
         self._scanned_at = float("-inf")
         self._scanning = asyncio.Lock()
-        self._slots: dict[str, _Slot] = {}  # by path, the newest of each model
-        self._leaving: list[_Slot] = []
+        self._slots: dict[str, Slot] = {}  # by path, the newest of each model
+        self._leaving: list[Slot] = []
         self._switching = asyncio.Lock()  # one model is loaded at a time
         self._change = asyncio.Event()  # set at a change, and then another one
         self._tasks: set[asyncio.Task[None]] = set()
@@ -217,8 +136,8 @@ class ModelHost:
         async with self._scanning:
             if time.monotonic() - self._scanned_at > _RESCAN_SECONDS:
                 found = await in_thread(self._list_models)
-                first = [] if self.served is None else [self.served]
-                self._models = _unique([*first, *(m for m in found if m not in first)])
+                paths = {model.path for model in self._first}
+                self._models = unique([*self._first, *(m for m in found if m.path not in paths)])
                 self._scanned_at = time.monotonic()
         return self.models()
 
@@ -235,7 +154,7 @@ class ModelHost:
             if self.served is None:
                 raise ModelNotFound("no model is loaded: name one, GET /v1/models lists those that there are")
             return self.served
-        found = _named(self._models, name) or _named(await self.look(), name)
+        found = named(self._models, name) or named(await self.look(), name)
         if found is None:
             raise ModelNotFound(
                 f"the model {name[:100]!r} does not exist: GET /v1/models lists those that do"
@@ -252,7 +171,7 @@ class ModelHost:
 
     def held(self, *, besides: str | None = None) -> dict[str, int]:
         """Bytes per device that loaded models take, all but the model with the path ``besides``."""
-        return _held(s for s in self._slots.values() if s.model.path != besides)
+        return held_by(s for s in self._slots.values() if s.model.path != besides)
 
     async def changes(self) -> AsyncIterator[None]:
         """Yields after each change of ``state()``; changes that come while nobody waits are told once. Ends when the
@@ -287,7 +206,7 @@ class ModelHost:
             ModelNotFound: no such name.
             HostStopping: the server is about to end.
         """
-        found = _named(self._models, model)
+        found = named(self._models, model)
         if found is None:
             raise ModelNotFound(f"the model {model[:100]!r} does not exist")
         if plan is not None:
@@ -296,7 +215,7 @@ class ModelHost:
         self.served = found
         self._begin(found, plan)
 
-    async def _acquire(self, model: LibraryModel) -> _Slot:
+    async def _acquire(self, model: LibraryModel) -> Slot:
         while True:
             slot = self._slots.get(model.path)
             failed = slot is not None and slot.phase is Phase.FAILED
@@ -317,7 +236,7 @@ class ModelHost:
                 return slot
             self._release(slot)  # another loading has taken its place
 
-    def _release(self, slot: _Slot) -> None:
+    def _release(self, slot: Slot) -> None:
         slot.users -= 1
         if slot.phase is not Phase.FAILED:
             slot.used_at = time.monotonic()
@@ -326,11 +245,11 @@ class ModelHost:
 
     # --- loading
 
-    def _begin(self, model: LibraryModel, given: Plan | None) -> _Slot:
+    def _begin(self, model: LibraryModel, given: Plan | None) -> Slot:
         if self._stopping:
             raise HostStopping("the server is about to end")
         before = self._slots.get(model.path)
-        slot = self._slots[model.path] = _Slot(model, given)
+        slot = self._slots[model.path] = Slot(model, given)
         if before is not None:
             before.stop.set()
             if before.engine is not None:
@@ -339,7 +258,7 @@ class ModelHost:
         self._spawn(self._load(slot, before))
         return slot
 
-    async def _load(self, slot: _Slot, before: _Slot | None) -> None:
+    async def _load(self, slot: Slot, before: Slot | None) -> None:
         async with self._switching:
             try:
                 if before is not None and before.engine is not None:
@@ -347,8 +266,9 @@ class ModelHost:
                 await self._load_or_plan_again(slot)
             except Cancelled:
                 self._fail(slot, "the loading was ended")
-            except TensortierError as exc:
-                self._fail(slot, str(exc))
+            except (TensortierError, OSError) as exc:
+                self._fail(slot, " ".join(str(exc).split()))
+                _log.warning("%s cannot be loaded: %s", slot.model.name, slot.error)
             except asyncio.CancelledError:
                 self._fail(slot, "the server is about to end")
                 raise
@@ -356,11 +276,11 @@ class ModelHost:
                 self._fail(slot, f"{type(exc).__name__}: {exc} (this is a bug)")
                 raise
 
-    def _fail(self, slot: _Slot, reason: str) -> None:
+    def _fail(self, slot: Slot, reason: str) -> None:
         slot.phase, slot.error, slot.used_at = Phase.FAILED, reason, time.monotonic()
         self._notify()
 
-    async def _load_or_plan_again(self, slot: _Slot) -> None:
+    async def _load_or_plan_again(self, slot: Slot) -> None:
         decision = await self._decide(slot)
         for attempt in range(_PLANS_AGAIN + 1):
             self._check(slot)
@@ -388,7 +308,7 @@ class ModelHost:
             return
         raise LoadError(f"{slot.model.name} could not be loaded in {_PLANS_AGAIN} attempts")
 
-    async def _make(self, slot: _Slot, plan: Plan) -> Engine:
+    async def _make(self, slot: Slot, plan: Plan) -> Engine:
         loop = asyncio.get_running_loop()
 
         def tell(fraction: float) -> None:
@@ -411,7 +331,7 @@ class ModelHost:
                 await in_thread((await making).close)
             raise
 
-    async def _decide(self, slot: _Slot) -> Decision:
+    async def _decide(self, slot: Slot) -> Decision:
         """Makes room, then plans with what is left."""
         while True:
             self._check(slot)
@@ -420,9 +340,12 @@ class ModelHost:
                 await self._unload(others[0])
                 continue
             if slot.given is not None:
-                return Decision(slot.given)
+                if not others or await in_thread(self._planning.fits, slot.given, held_by(others)):
+                    return Decision(slot.given)
+                await self._unload(others[0])
+                continue
             try:
-                decision = await in_thread(self._planning.decide, slot.model.path, _held(others))
+                decision = await in_thread(self._planning.decide, slot.model.path, held_by(others))
             except UsageError:  # it cannot run in what the others leave
                 if not others:
                     raise
@@ -432,18 +355,18 @@ class ModelHost:
                     return decision
             await self._unload(others[0])
 
-    def _others(self, slot: _Slot) -> list[_Slot]:
+    def _others(self, slot: Slot) -> list[Slot]:
         """Models beside this one, in the order in which they should make room."""
         found = [s for s in self._slots.values() if s is not slot and s.engine is not None]
         return sorted(found, key=lambda s: (s.users > 0, s.used_at))
 
-    def _check(self, slot: _Slot) -> None:
+    def _check(self, slot: Slot) -> None:
         if slot.stop.is_set():
             raise Cancelled("the loading was ended")
 
     # --- unloading
 
-    def _leave(self, slot: _Slot) -> None:
+    def _leave(self, slot: Slot) -> None:
         """No new requests for it."""
         if self._slots.get(slot.model.path) is slot:
             del self._slots[slot.model.path]
@@ -451,7 +374,7 @@ class ModelHost:
         self._leaving.append(slot)
         self._notify()
 
-    async def _unload(self, slot: _Slot, patience: float | None = None) -> None:
+    async def _unload(self, slot: Slot, patience: float | None = None) -> None:
         """Free a model once its requests are answered; they are cancelled after ``patience`` seconds."""
         if slot not in self._leaving:
             self._leave(slot)
@@ -467,7 +390,7 @@ class ModelHost:
                 await asyncio.wait_for(self._change.wait(), left)
         await self._free(slot)
 
-    async def _free(self, slot: _Slot) -> None:
+    async def _free(self, slot: Slot) -> None:
         engine, slot.engine = slot.engine, None
         if engine is not None:
             await in_thread(engine.close)
@@ -493,44 +416,3 @@ class ModelHost:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _held(slots: Iterable[_Slot]) -> dict[str, int]:
-    held: dict[str, int] = {}
-    for slot in slots:
-        if slot.engine is not None and slot.plan is not None:
-            for row in slot.plan.memory:
-                if row.device == PROCESS:
-                    continue  # there is one, and the plan of the next model counts it
-                held[row.device] = held.get(row.device, 0) + row.total_bytes
-    return held
-
-
-def _named(models: Sequence[LibraryModel], name: str) -> LibraryModel | None:
-    wanted = name.casefold().removesuffix(".gguf")
-    return next((m for m in models if m.name.casefold().removesuffix(".gguf") == wanted), None)
-
-
-def _unique(models: Sequence[LibraryModel]) -> list[LibraryModel]:
-    """Of models of one name the second is called "name@2", and so on."""
-    counts: dict[str, int] = {}
-    found = []
-    for model in models:
-        number = counts[model.name.casefold()] = counts.get(model.name.casefold(), 0) + 1
-        found.append(model if number == 1 else replace(model, name=f"{model.name}@{number}"))
-    return found
-
-
-def served_model(name_or_path: str) -> LibraryModel:
-    """What ``library.find`` finds, which need not be in a model folder. Raises ModelNotFound, ModelFileError."""
-    from tensortier import gguf
-
-    path = library.find(name_or_path)
-    for model in library.list_models():
-        if Path(model.path) == Path(path):
-            return model
-    info = gguf.read(path)
-    name = Path(path).name.removesuffix(".gguf")
-    return LibraryModel(
-        name, path, sum(info.file_sizes), info.architecture, info.quantization, "command line"
-    )

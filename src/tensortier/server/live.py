@@ -6,7 +6,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from tensortier.server.host import Loaded
+from tensortier.server.loading import Loaded
 
 if TYPE_CHECKING:
     from tensortier.types import TierStats

@@ -15,8 +15,9 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from starlette.responses import JSONResponse, Response
 
-from tensortier.server.host import Loaded, ModelHost, Phase
+from tensortier.server.host import ModelHost
 from tensortier.server.limits import Gate, Settings
+from tensortier.server.loading import Loaded, Phase
 from tensortier.types import TierStats
 
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)

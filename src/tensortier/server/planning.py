@@ -61,6 +61,20 @@ class Planner:
             raise failure
         return _decision(deciding.plan_with_less(decision.planned, failure))
 
+    def fits(self, plan: Plan, held: Mapping[str, int]) -> bool:
+        """Whether no device takes more with ``plan`` and ``held`` together than is free of it."""
+        from tensortier import placement
+
+        free = {card.name: card.memory_free for card in placement.gpus(self._machine)}
+        ram = self._machine.ram_available
+        for rows in ({row.device: row.total_bytes for row in plan.memory}, held):
+            for device, size in rows.items():
+                if device in free:
+                    free[device] -= size
+                else:
+                    ram -= size
+        return ram >= 0 and min(free.values(), default=0) >= 0
+
     def _with_context(self, wish: Wish) -> Wish:
         """Where nobody asked for a number of tokens: several conversations share the context."""
         from tensortier import gguf, planner

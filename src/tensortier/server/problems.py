@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from tensortier.errors import Cancelled, ContextFull, ModelNotFound, OutOfMemory, TensortierError, UsageError
-from tensortier.server.host import HostStopping, ModelUnavailable
+from tensortier.server.loading import HostStopping, ModelUnavailable
 
 RETRY_SECONDS = 5  # where nothing better is known
 
