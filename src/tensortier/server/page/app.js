@@ -23,6 +23,7 @@ const page = {
   plans: new Map(), // step -> promise of its plan
   asking: null, // the AbortController of the curve under way
   loaded: [], // as the server tells
+  measuring: false,
   applied: null, // {id, curve, step} of the plan that was applied here
 };
 
@@ -96,7 +97,7 @@ function showMachine(machine) {
   setText($("machine"), parts.join(" · "));
   const workload = $("workload");
   const told = { chat: "chat", code: "code", "long-document": "long documents", agent: "agents" };
-  workload.replaceChildren(...Object.entries(machine.workloads).map(([name, w]) => el("option", { value: name, text: `${told[name] ?? name} (${w.prompt} + ${w.output} tokens)` })));
+  workload.replaceChildren(...Object.entries(machine.workloads).map(([name, w]) => el("option", { value: name, title: `${w.prompt} tokens of prompt and ${w.output} of answer after ${w.depth}`, text: told[name] ?? name })));
   setText($("measure-seconds"), String(machine.measure_seconds));
   for (const warning of machine.warnings) complain(warning);
 }
@@ -261,6 +262,7 @@ function showLoads() {
   const busy = mine && (mine.phase === "planning" || mine.phase === "loading");
   $("apply").disabled = Boolean(busy) || !page.curve;
   $("load").hidden = !mine || mine.phase === "unloading";
+  $("measure-start").disabled = page.measuring || page.loaded.some((one) => one.phase === "planning" || one.phase === "loading");
   if (!mine) return;
   const bar = $("load-progress");
   bar.hidden = !busy;
@@ -306,8 +308,11 @@ function complain(text) {
 
 const HEARD = {
   state: ({ models }) => {
+    const planned = page.loaded.some((one) => one.phase === "planning") && !models.some((one) => one.phase === "planning");
     page.loaded = models;
     showLoads();
+    // the first plan of a server may have measured the machine
+    if (planned && page.curve && !page.curve.measured) askForCurve();
   },
   stats: ({ models }) => showLive(models),
   downloads: ({ downloads }) => finding.show(downloads),
@@ -317,7 +322,7 @@ const HEARD = {
     page.measuring = running;
     $("measure-progress").hidden = !running;
     $("measure-progress").value = fraction ?? 0;
-    $("measure-start").disabled = running;
+    showLoads();
     for (const warning of warnings) complain(warning);
     if (ended) askForCurve();
   },

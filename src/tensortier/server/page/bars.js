@@ -4,6 +4,7 @@ import { el, setList, setText } from "./dom.js";
 import { bytes, digits, place, ratio, seconds } from "./format.js";
 
 const PARTS = ["weights", "KV cache", "computing"];
+const ORDER = ["part-0", "kept", "part-1", "part-2", "process"];
 
 function speed([middle, low, high]) {
   return [el("b", { text: digits(middle) }), ` tokens/s `, el("span", { class: "range", text: `${digits(low)} to ${digits(high)}` })];
@@ -37,7 +38,7 @@ function grouped(curve, rows, drive) {
     else if (name === "process") own.parts.push(["the program itself", sizes[0], "process"]);
     else sizes.forEach((size, i) => own.parts.push([PARTS[i], size, `part-${i}`]));
   }
-  for (const bar of bars) bar.parts = bar.parts.filter(([, size]) => size > 0);
+  for (const bar of bars) bar.parts = bar.parts.filter(([, size]) => size > 0).sort((a, b) => ORDER.indexOf(a[2]) - ORDER.indexOf(b[2]));
   if (drive > 0) bars.push({ name: "TIER", kind: "drive", label: "read as needed", total: 0, free: 0, parts: [["weights", drive, "part-0"]] });
   return bars;
 }
@@ -89,6 +90,8 @@ export class Bars {
       list: el("div", { class: "bar-parts" }),
       parts: new Map(),
     };
+    row.others = el("span", { class: "bar-part others" }); // what other programs hold
+    row.track.append(row.others);
     row.node = el("div", { class: `bar ${bar.kind}` }, el("div", { class: "bar-head" }, row.name, row.text), row.track, row.list);
     return row;
   }
@@ -111,13 +114,13 @@ export class Bars {
       if (!part) {
         part = el("span", { class: `bar-part ${kind}` });
         row.parts.set(what, part);
-        row.track.append(part);
+        const later = [...row.track.children].find((other) => ORDER.indexOf(other.kind) > ORDER.indexOf(kind));
+        part.kind = kind;
+        row.track.insertBefore(part, later ?? row.others);
       }
       part.style.width = `${Math.min(100, (100 * size) / whole)}%`;
     }
     for (const [what, part] of row.parts) if (!seen.has(what)) part.style.width = "0";
-    // what other programs hold
-    if (!row.others) row.track.append((row.others = el("span", { class: "bar-part others" })));
     row.others.style.width = all ? `${(100 * Math.max(0, whole - bar.free)) / whole}%` : "0";
     row.list.replaceChildren(...bar.parts.map(([what, size, kind]) => el("span", {}, el("i", { class: `bar-part ${kind}` }), `${what} ${bytes(size)}`)));
   }

@@ -126,9 +126,10 @@ export class CurveView {
 
   #beyond(last) {
     const x = this.x(this.curve.free);
+    const width = Math.max(0, this.x(last) - x);
     return [
-      svg("rect", { class: "beyond", x, y: EDGE.top, width: Math.max(0, this.x(last) - x), height: HEIGHT - EDGE.top - EDGE.bottom }),
-      svg("text", { class: "beyond-text", x: x + 6, y: HEIGHT - EDGE.bottom - 8 }, "more than is free here"),
+      svg("rect", { class: "beyond", x, y: EDGE.top, width, height: HEIGHT - EDGE.top - EDGE.bottom }),
+      svg("text", { class: "beyond-text", x: x + width - 4, y: HEIGHT - EDGE.bottom - 8 }, width > 130 ? "more than is free here" : "not here"),
     ];
   }
 
