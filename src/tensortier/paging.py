@@ -21,7 +21,7 @@ CPU = "CPU"
 SCRATCH_SHARE = 0.02  # of the room, for alignment of slots and what computing takes beside them
 # Reading and computing overlap, but not wholly: what is left of the shorter one.
 OVERLAP_LOSS = 0.25
-DRIVE_SHARE = 0.9  # of the drive's measured speed that the reads of a running model reach
+DRIVE_SHARE = 0.95  # of the drive's measured speed that the reads of a running model reach
 
 
 class HitRates(Protocol):

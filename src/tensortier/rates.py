@@ -26,7 +26,10 @@ ASSUMED_SPREAD = 0.25
 CORE_MACS = 45e9
 CORE_ATTENTION = 6e9
 _NEARLY = 0.95  # of a speed
-_UNDER_WAY = 16 << 20  # bytes: what the experts that a token misses in one layer come to, or a little more
+_DRIVE_SPREAD = 0.2  # other work on it, bursts, what is near the end of a disk
+# Bytes under way. More than the experts that a token misses in one layer cannot be asked for. Less looks as good where
+# something before the drive has the data in memory, as the host of a virtual machine, and is slow where it has not.
+_UNDER_WAY = (8 << 20, 16 << 20)
 GPU_LAYER_SECONDS = 60e-6  # kernels between the products of one layer
 GPU_SPLIT_SECONDS = 60e-6
 ASSUMED_LINK = 12e9  # bytes/s, where a card's link is not known
@@ -146,7 +149,7 @@ def from_calibration(calibration: Calibration, hardware: Hardware, settings: Set
     latency = max(0.0, single.block / single.bytes_per_second - single.block / best.bytes_per_second)
     return Rates(
         found,
-        Speed(best.bytes_per_second, 0.1),
+        Speed(best.bytes_per_second, _DRIVE_SPREAD),
         calibration.notes,
         plain,
         latency,
@@ -155,9 +158,10 @@ def from_calibration(calibration: Calibration, hardware: Hardware, settings: Set
 
 
 def _best_reads(drives: Sequence[DriveRead]) -> DriveRead:
-    """As little under way as nearly reaches the speed of ``_UNDER_WAY`` bytes: the less, the sooner what was asked for
-    first is there. Of equals the largest reads, of which there are the fewest."""
-    fitting = [d for d in drives if d.block * d.depth <= _UNDER_WAY] or list(drives)
+    """As little under way as nearly reaches the best speed: the less, the sooner what was asked for first is there. Of
+    equals the largest reads, of which there are the fewest."""
+    low, high = _UNDER_WAY
+    fitting = [d for d in drives if low <= d.block * d.depth <= high] or list(drives)
     most = max(d.bytes_per_second for d in fitting)
     good = [d for d in fitting if d.bytes_per_second >= _NEARLY * most]
     return min(good, key=lambda d: (d.block * d.depth, -d.block))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,20 @@ def test_drive(tmp_path: Path) -> None:
     assert {(r.block, r.depth) for r in rows} == {(b, d) for b in drive.BLOCKS for d in drive.DEPTHS}
     assert all(1e5 < r.bytes_per_second < 1e12 for r in rows)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_read_itself_if_it_has_no_holes(tmp_path: Path, machine: Hardware) -> None:
+    """The file a machine was asked about: written, sparse, and too small."""
+    sizes = {"model": drive.FILE_BYTES, "holes": drive.FILE_BYTES, "small": 1 << 20}
+    for name, size in sizes.items():
+        with (tmp_path / name).open("wb") as file:
+            if name == "holes":
+                file.truncate(size)
+            else:
+                os.posix_fallocate(file.fileno(), 0, size)
+        asked = dataclasses.replace(machine.drives[0], path=str(tmp_path / name))
+        found = drive.large_file(dataclasses.replace(machine, drives=(asked,)))
+        assert found == (tmp_path / name if name == "model" else None), name
 
 
 def test_fingerprint_names_the_library(machine: Hardware) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tensortier.calibrate.drive import measure_drive
+from tensortier.calibrate.drive import large_file, measure_drive
 from tensortier.calibrate.kernels import (
     LONG,
     MIB,
@@ -114,7 +114,8 @@ def calibrate(
     drive_path: Path | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> Calibration:
-    """Measures every device of ``hardware``, and the drive that ``drive_path`` (default: the cache) is on.
+    """Measures every device of ``hardware``, and the drive that ``drive_path`` is on; without one, that of the large
+    file ``hardware`` was asked about, or of the cache.
 
     ``progress`` is called with the fraction done and what comes next. Takes under 30 s with one device. Run it
     on a machine that does nothing else: a second busy process slows ggml's threads many times over.
@@ -140,7 +141,7 @@ def calibrate(
     if progress is not None:
         progress(len(jobs) / (len(jobs) + 1), "drive")
     try:
-        drives += measure_drive(drive_path)
+        drives += measure_drive(drive_path or large_file(hardware))
     except OSError as exc:
         notes.append(f"the drive was not measured: {exc.strerror or exc}")
     if progress is not None:

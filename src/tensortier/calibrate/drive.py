@@ -10,42 +10,68 @@ from pathlib import Path
 
 from tensortier import paths
 from tensortier.calibrate.records import DriveRead
+from tensortier.types import Hardware
 
 MIB = 1 << 20
 BLOCKS = (256 * 1024, 512 * 1024, 1 * MIB, 4 * MIB)  # bytes
 DEPTHS = (1, 4, 16, 32)
+FILE_BYTES = 256 * MIB
 
 
 def measure_drive(
-    near: Path | None = None, *, file_bytes: int = 256 * MIB, seconds: float = 0.06, rounds: int = 3
+    near: Path | None = None, *, file_bytes: int = FILE_BYTES, seconds: float = 0.06, rounds: int = 3
 ) -> list[DriveRead]:
-    """Random reads of a file past the page cache, by the reader that weights on the drive come through: the median of
+    """Random reads past the page cache, by the reader that weights on the drive come through: the median of
     ``rounds`` over all block sizes and depths, ``seconds`` each (drives of virtual machines are fast for a moment, and
-    slow for the next). The file is made beside ``near`` (default: in the cache folder) and removed.
+    slow for the next).
+
+    Read is ``near`` itself where that is a file of ``file_bytes`` or more: what was just written may still be in some
+    cache on its way to the drive. Else a file that is made beside it (default: in the cache folder) and removed.
 
     Raises:
         OSError: no room, or a file system that cannot read past its cache.
     """
-    from tensortier import tier
-
+    if near is not None and _is_large(near, file_bytes):
+        return _measured(near, seconds, rounds)
     folder = near if near is not None and near.is_dir() else (near.parent if near else paths.cache_dir())
     folder.mkdir(parents=True, exist_ok=True)
-    direct = getattr(os, "O_DIRECT", 0)
-    if not direct:
-        raise OSError("this system has no O_DIRECT")
-    found: dict[tuple[int, int], list[float]] = {key: [] for key in itertools.product(BLOCKS, DEPTHS)}
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".calibrate-") as file:
         chunk = os.urandom(MIB)
         for _ in range(file_bytes // MIB):
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
-        os.close(os.open(file.name, os.O_RDONLY | direct))  # refused where the file system has no such reads
-        for _ in range(rounds):
-            for block, depth in found:
-                speed = tier.drive_bandwidth(Path(file.name), block=block, depth=depth, seconds=seconds)
-                found[block, depth].append(speed)
-    mount = _mount_point(folder)
+        return _measured(Path(file.name), seconds, rounds)
+
+
+def large_file(hardware: Hardware) -> Path | None:
+    """That the machine was asked about, where its reads tell something of the drive: a model."""
+    asked = (Path(drive.path) for drive in hardware.drives)
+    return next((path for path in asked if _is_large(path, FILE_BYTES)), None)
+
+
+def _is_large(path: Path, nbytes: int) -> bool:
+    """Without holes, which are read from nowhere."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    held = getattr(status, "st_blocks", 0) * 512  # Windows does not tell
+    return path.is_file() and status.st_size >= nbytes and held >= 0.9 * status.st_size
+
+
+def _measured(file: Path, seconds: float, rounds: int) -> list[DriveRead]:
+    from tensortier import tier
+
+    direct = getattr(os, "O_DIRECT", 0)
+    if not direct:
+        raise OSError("this system has no O_DIRECT")
+    os.close(os.open(file, os.O_RDONLY | direct))  # refused where the file system has no such reads
+    found: dict[tuple[int, int], list[float]] = {key: [] for key in itertools.product(BLOCKS, DEPTHS)}
+    for _ in range(rounds):
+        for block, depth in found:
+            found[block, depth].append(tier.drive_bandwidth(file, block=block, depth=depth, seconds=seconds))
+    mount = _mount_point(file.parent)
     return [DriveRead(mount, *key, statistics.median(speeds)) for key, speeds in found.items()]
 
 
