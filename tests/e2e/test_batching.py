@@ -120,6 +120,33 @@ def test_one_that_is_still_generating_gives_its_beginning(engine: Engine, refere
     long.cancel()
 
 
+def test_nobody_waits_for_a_long_prompt(engine: Engine) -> None:
+    """Who generates has a token in every batch; a short prompt that comes later is ready earlier."""
+    order: list[str] = []
+    done = threading.Event()
+
+    def listener(name: str) -> Callable[[Piece | TensortierError | None], None]:
+        def hear(item: Piece | TensortierError | None) -> None:
+            order.append(name)
+            if not isinstance(item, Piece) and name == "long":
+                done.set()
+
+        return hear
+
+    steady = ask(engine, "A text about the moon:", 400)
+    next(steady)
+    steady.listen(listener("steady"))
+    long = ask(engine, "several words in a long row " * 90, 1)
+    long.listen(listener("long"))
+    short = ask(engine, "one two three " * 25, 1)
+    short.listen(listener("short"))
+    assert done.wait(20)
+    steady.cancel()
+    batches = long.stats.prompt_tokens // 64  # of a micro-batch each
+    assert order.index("short") < order.index("long")
+    assert order[: order.index("long")].count("steady") >= batches
+
+
 def test_when_cells_run_out_the_newest_is_computed_again(tiny_path: Path, reference: Reference) -> None:
     settings = Settings(n_ctx=256, n_batch=128, n_ubatch=32, n_seq_max=4, threads=2, flash_attention="off")
     with Engine(Plan(str(tiny_path), settings=settings)) as engine:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -79,22 +80,16 @@ def captured_stderr() -> Iterator[list[str]]:
     except OSError:  # there is no standard error, so nothing can get there
         yield lines
         return
-    reading, writing = os.pipe()
-
-    def read() -> None:  # beside the block, since a pipe takes 64 KiB and then waits
-        with os.fdopen(reading, encoding="utf-8", errors="replace") as pipe:
-            lines.extend(line.strip() for line in pipe)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    os.dup2(writing, 2)
-    os.close(writing)
-    try:
-        yield lines
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        reader.join()
+    # A file, not a pipe: a process that another thread starts meanwhile keeps this end open as long as it lives.
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            lines.extend(line.strip() for line in file.read().decode(errors="replace").splitlines())
 
 
 class Recording:
