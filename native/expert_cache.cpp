@@ -1,6 +1,7 @@
 #include "expert_cache.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 namespace tt {
@@ -13,7 +14,7 @@ constexpr int SHARED_SEGMENT = 32; // slots per tensor where groups share them: 
 
 ExpertCache::ExpertCache(std::vector<GroupSpec> groups, CacheOptions options, Reader & reader)
     : groups_(std::move(groups)), options_(std::move(options)), reader_(reader), totals_(groups_.size()),
-      free_(groups_.size()), spare_(groups_.size()), named_(groups_.size()), passes_(groups_.size()) {
+      free_(groups_.size()), named_(groups_.size()), passes_(groups_.size()) {
     for (const GroupSpec & group : groups_) {
         layouts_.push_back(lay_out(group, [this](int file) { return reader_.sector(file); }));
         order_.emplace_back(group.parts.size());
@@ -40,21 +41,19 @@ void ExpertCache::share_out_slots() {
     capacity_ = shares.capacity;
     if (global()) {
         for (int remaining = capacity_[0]; remaining > 0; remaining -= SHARED_SEGMENT) {
-            add_segment(shares.largest_slot, std::min(remaining, SHARED_SEGMENT), 0, false, 0);
+            add_segment(shares.largest_slot, std::min(remaining, SHARED_SEGMENT), false, 0);
         }
     } else {
         for (size_t g = 0; g < groups_.size(); ++g) {
-            add_segment(layouts_[g].slot_bytes, capacity_[g] + shares.spare[g], shares.spare[g], false,
-                        static_cast<int>(g));
+            add_segment(layouts_[g].slot_bytes, capacity_[g], false, static_cast<int>(g));
         }
     }
     if (shares.passing > 0) {
-        add_segment(shares.passing_bytes, shares.passing, 0, true, -1);
+        add_segment(shares.passing_bytes, shares.passing, true, -1);
     }
 }
 
-// `spare`: how many of the slots do not count as the group's own.
-void ExpertCache::add_segment(size_t stride, int count, int spare, bool passing, int group) {
+void ExpertCache::add_segment(size_t stride, int count, bool passing, int group) {
     const int number = static_cast<int>(segments_.size());
     segments_.push_back({nullptr, stride, count, passing});
     segment_offset_.push_back(nbytes_);
@@ -63,12 +62,11 @@ void ExpertCache::add_segment(size_t stride, int count, int spare, bool passing,
         slot.segment = number;
         slot.index = i;
         slot.passing = passing;
-        slot.spare = i >= count - spare;
         const int id = static_cast<int>(slots_.size());
         if (passing) {
             passing_.push_back(id);
         } else {
-            (slot.spare ? spare_ : free_)[static_cast<size_t>(group)].push_back(id);
+            free_[static_cast<size_t>(group)].push_back(id);
         }
         slots_.push_back(slot);
     }
@@ -142,7 +140,9 @@ Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids,
         return pass;
     }
     for (const int slot : passing_) { // what passed through before is over
-        release(slot);
+        if (!slots_[static_cast<size_t>(slot)].guessed) {
+            release(slot);
+        }
     }
     const size_t parts = groups_[static_cast<size_t>(group)].parts.size();
     std::vector<size_t> & order = order_[static_cast<size_t>(group)];
@@ -163,16 +163,43 @@ Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids,
     totals.uses += n;
     totals.hits += n - misses_.size();
     ++totals.passes;
-    place_misses(pass, group);
-    give_up_wrong_guesses(group);
+
+    size_t next_miss = 0;
+    for (size_t i = 0; i < n; ++i) {
+        const int expert = pass.experts[i];
+        int32_t & slot = resident_slot_[where(group, expert)];
+        if (next_miss < misses_.size() && misses_[next_miss].expert == expert) {
+            const Placing & placing = misses_[next_miss++];
+            if (!placing.stays) {
+                continue;
+            }
+            if (placing.evicted_group >= 0) {
+                int32_t & left = resident_slot_[where(placing.evicted_group, placing.evicted_expert)];
+                slot = left;
+                left = UNPLACED;
+            } else {
+                slot = take_free(group);
+            }
+            settle(slot);
+            Slot & filled = slots_[static_cast<size_t>(slot)];
+            filled.group = group;
+            filled.expert = expert;
+            filled.state.fill(ReadState::none);
+        }
+        pass.stays[i] = 1;
+        for (size_t p = 0; p < parts; ++p) {
+            pass.place[p * n + i] = slot;
+        }
+    }
+    use_guesses(pass, group);
     // By parts: the first one is computed while the others arrive. Those resident have nothing left to read,
     // or what an error left out.
     for (const size_t p : order) {
         for (size_t i = 0; i < n; ++i) {
-            if (!pass.stays[i]) {
+            const int32_t slot = pass.place[p * n + i];
+            if (slot == UNPLACED) {
                 continue;
             }
-            const int32_t slot = pass.place[p * n + i];
             const ReadState state = slots_[static_cast<size_t>(slot)].state[p];
             if (state == ReadState::none || state == ReadState::failed) {
                 read(group, static_cast<int>(p), slot, pass.experts[i]);
@@ -250,18 +277,17 @@ void ExpertCache::pump(int group, int part) {
 // A slot for an expert that passes through, or -1 where all are taken. For the part that is computed now
 // (`part` >= 0), one that only holds a later part is taken back when there is no other way on.
 int ExpertCache::take_passing(int group, int part) {
-    for (const int slot : passing_) {
-        if (slots_[static_cast<size_t>(slot)].group < 0) {
-            settle(slot);
-            return slot;
-        }
+    int found = idle_passing();
+    for (const int slot : passing_) { // one that a wrong guess is still read into
+        found = found < 0 && slots_[static_cast<size_t>(slot)].group < 0 ? slot : found;
     }
-    for (const int slot : passing_) { // of a pass that another one has interrupted
-        if (slots_[static_cast<size_t>(slot)].group != group) {
-            settle(slot);
-            release(slot);
-            return slot;
-        }
+    for (const int slot : passing_) { // of a pass that another one has interrupted; a guess for the next one
+        const Slot & other = slots_[static_cast<size_t>(slot)];
+        found = found < 0 && (other.group != group || other.guessed) ? slot : found;
+    }
+    if (found >= 0) {
+        give_up(found);
+        return found;
     }
     if (part < 0) {
         return -1;
@@ -274,8 +300,7 @@ int ExpertCache::take_passing(int group, int part) {
             return -1;
         }
     }
-    settle(passing_.back());
-    release(passing_.back());
+    give_up(passing_.back());
     return passing_.back();
 }
 
@@ -300,6 +325,7 @@ void ExpertCache::release(int slot) {
     }
     taken.group = -1;
     taken.expert = -1;
+    taken.guessed = false;
 }
 
 void ExpertCache::read(int group, int part, int slot, int expert, bool ahead) {
@@ -347,10 +373,17 @@ const Slot * ExpertCache::arrived(int group, int part, size_t i) {
 void ExpertCache::finished(int group, int part, size_t i) {
     Pass & pass = passes_[static_cast<size_t>(group)];
     int32_t & place = pass.place[static_cast<size_t>(part) * pass.experts.size() + i];
-    if (pass.stays[i] || place < 0) {
+    if (place < 0 || !slots_[static_cast<size_t>(place)].passing) {
         return;
     }
     Slot & slot = slots_[static_cast<size_t>(place)]; // the next one's turn
+    if (pass.stays[i]) {                              // it was read ahead: to where it stays
+        Slot & own = slots_[static_cast<size_t>(resident_slot_[where(group, slot.expert)])];
+        std::memcpy(own.base + offset_in_slot(group, part, own.segment),
+                    slot.base + offset_in_slot(group, part, slot.segment),
+                    groups_[static_cast<size_t>(group)].parts[static_cast<size_t>(part)].nbytes);
+        own.state[static_cast<size_t>(part)] = ReadState::ready;
+    }
     slot.group = -1;
     slot.expert = -1;
     place = FINISHED;
@@ -367,11 +400,11 @@ void ExpertCache::recover() {
             release(static_cast<int>(id));
             continue;
         }
-        slot.guessed = false;
-        if (!whole(slot) && slot.spare) {
-            slot.group = -1;
-            slot.expert = -1;
-        } else if (!whole(slot)) {
+        bool whole = true;
+        for (size_t p = 0; p < groups_[static_cast<size_t>(slot.group)].parts.size(); ++p) {
+            whole = whole && slot.state[p] == ReadState::ready;
+        }
+        if (!whole) {
             policy_->drop(slot.group, slot.expert);
             resident_slot_[where(slot.group, slot.expert)] = UNPLACED;
             free_[global() ? 0 : static_cast<size_t>(slot.group)].push_back(static_cast<int>(id));

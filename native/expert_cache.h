@@ -16,7 +16,7 @@ namespace tt {
 
 struct GroupTotals {
     uint64_t uses = 0; // distinct experts, summed over passes
-    uint64_t hits = 0; // of these, in memory when the pass began, but for those that were read ahead for it
+    uint64_t hits = 0; // of these, resident when the pass began
     uint64_t passes = 0;
     uint64_t bytes = 0;       // asked of the drive, without the rest of sectors
     double stall_seconds = 0; // waited with nothing to compute
@@ -40,9 +40,7 @@ struct Slot {
     int index = 0; // in its segment
     char * base = nullptr;
     bool passing = false;
-    bool spare = false;   // for what is read ahead, or has left only just
-    bool guessed = false; // read ahead for the group's next pass
-    uint64_t since = 0;   // spare: when it got its expert
+    bool guessed = false; // passing: read ahead for the group's next pass
     int group = -1;       // whose expert is in it; -1: nobody's
     int expert = -1;
     std::array<ReadState, MAX_PARTS> state{};
@@ -89,8 +87,9 @@ public:
     // This part of experts[i] was computed and is not needed again in this pass.
     void finished(int group, int part, size_t i);
     // The experts that the group's next pass will use, likeliest first; the first `named` of them are what it
-    // would use if the guess were right. As many as there is room for are read ahead.
-    void guess(int group, const std::vector<int32_t> & experts, size_t named);
+    // would use if the guess were right. At most `most` are read ahead, as far as there are slots that
+    // nothing else passes through.
+    void guess(int group, const std::vector<int32_t> & experts, size_t named, size_t most);
     // Fills free slots with experts that are likely to be used: (group, expert), likeliest last. Waits for
     // the reads, which may fail without consequence. How many were read.
     size_t warm(const std::vector<std::pair<int32_t, int32_t>> & experts);
@@ -117,14 +116,13 @@ public:
 
 private:
     void share_out_slots();
-    void add_segment(size_t stride, int count, int spare, bool passing, int group);
+    void add_segment(size_t stride, int count, bool passing, int group);
     void build(Pass & pass, const std::vector<int32_t> & ids, int tokens, int used) const;
-    void place_misses(Pass & pass, int group);
-    int spare_with(int group, int expert) const;
-    int oldest_spare(int group) const;
-    void give_up_wrong_guesses(int group);
+    void use_guesses(Pass & pass, int group);
+    void give_up(int slot);
+    int guessed_slot(int group, int expert, size_t part) const;
+    int idle_passing() const;
     bool loading(const Slot & slot) const;
-    bool whole(const Slot & slot) const;
     void read(int group, int part, int slot, int expert, bool ahead = false);
     void settle(int slot); // waits until nothing is read into it
     int take_passing(int group, int part);
@@ -149,11 +147,8 @@ private:
     std::vector<Slot> slots_;
     std::vector<int> passing_;                // slots for experts that do not stay
     std::vector<std::vector<int>> free_;      // slots of their own that hold nothing: per group, or one list
-    std::vector<std::vector<int>> spare_;     // per group
     std::vector<int32_t> resident_slot_;      // [group][expert]
     std::vector<std::vector<int32_t>> named_; // per group: by a guess for its next pass
-    uint64_t now_ = 0;                        // one tick for each slot that becomes a spare one
-    uint64_t pass_began_ = 0;                 // a tick
     std::unique_ptr<Policy> policy_;
     std::vector<Pass> passes_;               // per group
     std::vector<std::vector<size_t>> order_; // per group: of its parts, as the last whole pass asked for them

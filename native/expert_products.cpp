@@ -167,7 +167,7 @@ void Computer::guess_next(const Tensor & node, int group) {
     const size_t named = std::min(n, store_->used() * tokens);
     rank(router, scores_, n, store_->used(), ranked_);
     ranked_.resize(std::min(n, std::max(named, store_->guesses())));
-    experts().guess(group + 1, ranked_, named);
+    experts().guess(group + 1, ranked_, named, store_->guesses());
 }
 
 void Computer::expert_product(Tensor * node, const Weight & weight) {

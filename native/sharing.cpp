@@ -10,7 +10,6 @@ namespace {
 // Enough under way for a drive to be busy while what has arrived is computed.
 constexpr uint64_t PASSING_BYTES = 16u << 20;
 constexpr uint64_t PASSING_SHARE = 8; // but no more than this part of the memory
-constexpr int SPARE_SHARE = 4;        // of the slots that a token's experts leave
 
 uint64_t round_up(uint64_t value, uint64_t to) {
     return (value + to - 1) / to * to;
@@ -62,7 +61,6 @@ Shares share_out(const std::vector<GroupSpec> & groups, const std::vector<SlotLa
                         std::to_string(shares.largest_slot * used) + " bytes; the cache has only " +
                         std::to_string(options.bytes));
     }
-    shares.spare.assign(groups.size(), 0);
     if (options.bytes >= everything && !global) {
         for (const GroupSpec & group : groups) {
             shares.capacity.push_back(group.experts);
@@ -103,14 +101,6 @@ Shares share_out(const std::vector<GroupSpec> & groups, const std::vector<SlotLa
         passing = std::max(passing, std::min((used - least) * most_parts, passing + left / largest_part));
     }
     shares.passing = static_cast<int>(passing);
-    for (size_t g = 0; g < groups.size(); ++g) {
-        const int beyond = count[g] - static_cast<int>(used);
-        if (g > 0 && count[g] < groups[g].experts) { // nothing comes before the first layer that could guess
-            shares.spare[g] =
-                std::clamp((beyond + SPARE_SHARE - 1) / SPARE_SHARE, 0, std::max(options.guesses, 0));
-            count[g] -= shares.spare[g];
-        }
-    }
     return shares;
 }
 

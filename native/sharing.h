@@ -39,13 +39,11 @@ struct CacheOptions {
     std::vector<double> frequency; // for the fixed policy: [group][most experts of a group]
     uint64_t bytes = 0;            // of all slots
     int used = 1;                  // experts that a token uses in a layer
-    int guesses = 0;               // experts of a layer that are read ahead at most
 };
 
 struct Shares {
     std::vector<int> capacity; // experts that stay: per group, or one number for all
-    std::vector<int> spare;    // slots beside them, for what is read ahead: per group
-    int passing = 0;           // slots of single parts, for what does not stay
+    int passing = 0;           // slots of single parts, for what does not stay, or is read ahead
     size_t passing_bytes = 0;  // of one of these
     size_t largest_slot = 0;
 };

@@ -129,13 +129,6 @@ CacheOptions cache_options(const tt_tier_config & config, const std::vector<Grou
     cache.policy = static_cast<PolicyKind>(config.policy);
     cache.bytes = config.expert_bytes;
     cache.used = std::max(config.used, 1);
-    cache.guesses = config.guesses >= 0 ? config.guesses : std::min(cache.used, GUESSES);
-    if (cache.policy == PolicyKind::global_lru) {
-        if (config.guesses > 0) {
-            throw ReadError("nothing can be read ahead where all layers share their room");
-        }
-        cache.guesses = 0;
-    }
     if (config.frequency) {
         int most = 0;
         for (const GroupSpec & group : groups) {
@@ -181,7 +174,7 @@ Store::Store(const tt_tier_config & config) : weights_(static_cast<size_t>(confi
     if (!sorted.groups.empty()) {
         CacheOptions cache = cache_options(config, sorted.groups);
         used_ = static_cast<size_t>(cache.used);
-        guesses_ = static_cast<size_t>(cache.guesses);
+        guesses_ = static_cast<size_t>(config.guesses >= 0 ? config.guesses : std::min(cache.used, GUESSES));
         always_guess_ = config.guesses > 0;
         routers.resize(guesses_ > 0 ? sorted.groups.size() : 0);
         experts_ = std::make_unique<ExpertCache>(std::move(sorted.groups), std::move(cache), *reader_);

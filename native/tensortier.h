@@ -158,7 +158,7 @@ struct tt_tier_stats {
 struct tt_tier_group_stats {
     uint64_t passes;
     uint64_t uses;        // distinct experts, summed over passes
-    uint64_t hits;        // of these, in memory when the pass began, but for those read ahead for it
+    uint64_t hits;        // of these, in memory when the pass began; not those that were read ahead
     uint64_t bytes;       // read for the others
     uint64_t guess_uses;  // uses of passes for which there was a guess
     uint64_t guess_named; // of these, named by it

@@ -287,8 +287,7 @@ class PagedWeights:
 
 def capacities(model: ModelInfo, tensors: Sequence[Tensor], settings: Settings, sector: int) -> list[int]:
     """How many experts would stay of each layer (for "global-lru": of all, one number), as the store itself counts on
-    a drive that reads ``sector`` bytes at least. Nothing is opened, and guesses are left out: they take slots of
-    those that stay.
+    a drive that reads ``sector`` bytes at least. Nothing is opened.
 
     Args:
         tensors: the weights on the drive, in the order of use.

@@ -372,7 +372,7 @@ class TierLayerStats:
     capacity: int  # experts that stay in RAM; of all layers together for policy "global-lru"
     passes: int  # tokens, or micro-batches of them
     uses: int  # distinct experts, summed over passes
-    hits: int  # of these, in RAM when the pass began, but for those read ahead for it
+    hits: int  # of these, in RAM when the pass began; not those that were read ahead
     bytes_read: int
     stall_seconds: float  # waited for the drive with nothing to compute
     guess_uses: int = 0  # uses of passes for which the layer before had made a guess

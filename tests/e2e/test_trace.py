@@ -87,7 +87,7 @@ def with_room(plan: Plan, policy: str, capacity: tuple[int, ...], profile: Path)
                     expert_bytes=nbytes,
                     policy=policy,
                     profile=str(profile),
-                    guesses=0,
+                    guesses=2 if policy == "lru" else 0,  # they change no decision
                     warm_start=False,
                 )
                 found = dataclasses.replace(plan, tier=settings)
