@@ -38,6 +38,7 @@ class Undecided:
     kv_type: bool = True
     ubatch: bool = True
     op_offload: bool = True
+    repack: bool = True
 
 
 @dataclass(frozen=True)
@@ -363,7 +364,13 @@ def placed(
         settings,
         workload=load,
         rates=known,
-        open=planner.Open(undecided.context, undecided.kv_type, undecided.ubatch, undecided.op_offload),
+        open=planner.Open(
+            undecided.context,
+            undecided.kv_type,
+            undecided.ubatch,
+            undecided.op_offload,
+            undecided.repack,
+        ),
         rpc=wish.rpc,
         answers=answers,
         hits=hits,

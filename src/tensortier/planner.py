@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 from tensortier import candidates, memory, paging, placement, reasons
@@ -39,6 +40,7 @@ class Open:
     kv_type: bool = False
     ubatch: bool = False
     op_offload: bool = False
+    repack: bool = False
 
 
 def plan(
@@ -75,7 +77,8 @@ def plan(
         made = simple_plan(model, hardware, settings, rpc=rpc, answers=answers, hits=hits)
         return dataclasses.replace(made, workload=load)
     budget = budget_of(hardware, rates, model, settings)
-    search = Search(model, budget, start, load, rates, tuple(_choices(settings, load, wishes)))
+    choices = _choices(settings, load, _that_matter(wishes, budget, rates))
+    search = Search(model, budget, start, load, rates, tuple(choices))
     if isinstance(answers, memory.Formulas):  # with what is known of the devices here
         answers = memory.Formulas(model, budget.free, budget.helpers)
     paged = None
@@ -187,17 +190,25 @@ def _choices(settings: Settings, workload: Workload, wishes: Open) -> Iterator[S
     if wishes.kv_type and kv_types == [("f16", "f16")] and settings.flash_attention != "off":
         kv_types.append(("q8_0", "q8_0"))  # llama.cpp takes a quantized V only with flash attention
     offloads = [settings.op_offload, not settings.op_offload] if wishes.op_offload else [settings.op_offload]
-    for type_k, type_v in kv_types:
-        for op_offload in offloads:
-            for n_ubatch in ubatches:
-                yield dataclasses.replace(
-                    settings,
-                    n_ubatch=n_ubatch,
-                    n_batch=max(settings.n_batch, n_ubatch),
-                    type_k=type_k,
-                    type_v=type_v,
-                    op_offload=op_offload,
-                )
+    repacks = [settings.repack, not settings.repack] if wishes.repack else [settings.repack]
+    for (type_k, type_v), op_offload, repack, n_ubatch in itertools.product(
+        kv_types, offloads, repacks, ubatches
+    ):
+        yield dataclasses.replace(
+            settings,
+            n_ubatch=n_ubatch,
+            n_batch=max(settings.n_batch, n_ubatch),
+            type_k=type_k,
+            type_v=type_v,
+            op_offload=op_offload,
+            repack=repack,
+        )
+
+
+def _that_matter(wishes: Open, budget: Budget, rates: Rates) -> Open:
+    """Without choices that make no difference here: kernels of which only one kind was measured, or that compute
+    beside a GPU, which takes the wide products of prompts for which plain ones may be faster."""
+    return dataclasses.replace(wishes, repack=wishes.repack and rates.plain is not None and not budget.room)
 
 
 def _proved(

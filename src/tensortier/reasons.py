@@ -151,6 +151,13 @@ def settings(chosen: Settings, asked: Settings) -> list[str]:
             f"KV cache in {chosen.type_k} instead of {asked.type_k}: at least {QUANTIZED_KV_GAIN:.0%} faster here, "
             "and it costs a little quality"
         )
+    if chosen.repack != asked.repack:
+        told.append(
+            "weights are reordered for faster kernels"
+            if chosen.repack
+            else "weights stay as they are in the file: this processor computes prompts faster so than with reordered "
+            "ones"
+        )
     if chosen.op_offload != asked.op_offload:
         told.append(
             "large batches are sent to the GPU"

@@ -14,6 +14,9 @@ from tensortier.types import DeviceMemory, Estimate, ModelInfo, Placement, Plan,
 
 TIE = 0.01  # of the time: within it the simpler one wins
 PAGEABLE = ("auto", "mmap")  # load modes that map the file and do not hold it
+KERNELS_GAIN = (
+    0.05  # that other kernels than llama.cpp's choice have to bring: measurements are off by as much
+)
 QUANTIZED_KV_GAIN = 0.05  # that a quantized KV cache has to bring: it costs a little quality
 
 
@@ -229,6 +232,8 @@ class Search:
         asked = self.choices[0]
         if (settings.type_k, settings.type_v) != (asked.type_k, asked.type_v):
             return 1 / (1 - QUANTIZED_KV_GAIN)
+        if settings.repack != asked.repack:
+            return 1 / (1 - KERNELS_GAIN)
         return 1.0 if settings == asked else 1 + TIE
 
     def best(self, options: Sequence[Option]) -> Option | None:

@@ -182,7 +182,8 @@ NoRepackOption = Annotated[
     bool,
     typer.Option(
         "--no-repack",
-        help="Leave weights on the CPU in the file's order instead of the faster one.",
+        help="Leave weights on the CPU in the file's order. Without it: reordered for other kernels, unless those are "
+        "slower for the workload.",
         rich_help_panel=_CONTEXT,
     ),
 ]
@@ -309,6 +310,7 @@ def settings_of(
         kv_type=cache_type_k is None and cache_type_v is None and flash_attention is not FlashAttention.OFF,
         ubatch=batch is None and ubatch is None,
         op_offload=not no_op_offload,
+        repack=not no_repack,
     )
     return batches(settings, batch=batch, ubatch=ubatch), undecided
 
