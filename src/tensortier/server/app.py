@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from tensortier.deciding import Wish
 from tensortier.errors import TensortierError
@@ -83,8 +84,9 @@ def _http(request: Request, error: Exception) -> Response:
         405: ("this address does not take this method", "method_not_allowed"),
     }
     status = error.status_code
-    if isinstance(request.scope.get("endpoint"), PageFiles):
-        status = 404  # it gets what no route takes
+    if isinstance(request.scope.get("endpoint"), PageFiles):  # it gets what no route takes
+        known = any(route.matches(request.scope)[0] is Match.PARTIAL for route in request.app.routes)
+        status = 405 if known else 404
     message, code = messages.get(status, (str(error.detail), None))
     where = f"{request.method} {request.url.path[:200]}"
     problem = Problem(status, f"{where}: {message}", code=code)
