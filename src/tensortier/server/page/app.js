@@ -256,6 +256,7 @@ function showLoads() {
   const now = page.loaded.find((one) => one.phase !== "unloading") ?? page.loaded[0];
   const pill = $("state");
   setText(pill, now ? `${now.model}: ${PHASES[now.phase]}${now.phase === "loading" ? ` ${Math.round(100 * now.fraction)} %` : ""}` : "no model loaded");
+  document.title = now?.phase === "ready" ? `${now.model} · tensortier` : "tensortier";
   pill.className = `pill ${now?.phase ?? "none"}`;
   setText($("chat-model"), now ? `with ${now.model}` : "");
   const mine = page.loaded.find((one) => one.model === chosen && one.phase !== "unloading");
@@ -330,14 +331,34 @@ const HEARD = {
 
 async function listen() {
   for (;;) {
+    await shown();
+    const leaving = new AbortController();
+    const look = () => document.hidden && leaving.abort();
+    document.addEventListener("visibilitychange", look);
     try {
-      for await (const { event, data } of stream("api/events")) HEARD[event]?.(JSON.parse(data));
+      for await (const { event, data } of stream("api/events", { signal: leaving.signal })) HEARD[event]?.(JSON.parse(data));
     } catch (error) {
-      setText($("state"), error.status === 0 ? "the server does not answer" : error.message);
-      $("state").className = "pill failed";
+      if (error.name !== "AbortError") {
+        setText($("state"), error.status === 0 ? "the server does not answer" : error.message);
+        $("state").className = "pill failed";
+      }
     }
-    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    document.removeEventListener("visibilitychange", look);
+    if (!document.hidden) await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
   }
+}
+
+/** Browsers have few connections to one server: a tab that nobody sees leaves them to the others. */
+function shown() {
+  if (!document.hidden) return Promise.resolve();
+  return new Promise((resolve) => {
+    const look = () => {
+      if (document.hidden) return;
+      document.removeEventListener("visibilitychange", look);
+      resolve();
+    };
+    document.addEventListener("visibilitychange", look);
+  });
 }
 
 // --- begin
