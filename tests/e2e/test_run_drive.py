@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from tensortier import hardware
+from tests import calibrations
+
 MIB = 1 << 20
 # 700 MB, nearly all of it experts
 MIXTURE = {"layers": 12, "n_embd": 512, "n_ff": 1024, "experts": 64, "used": 4, "heads": 8, "kv_heads": 2}
@@ -83,3 +86,35 @@ def test_beside_another_device(moe_path: Path, rpc_device: str) -> None:
     assert rows["RPC0"]["allocated"]["weights_bytes"] > 100 * MIB
     assert 0 < answer["tier"]["hit_rate"] < 1
     assert sum(row["allocated"]["weights_bytes"] for row in rows.values()) < 0.9 * moe_path.stat().st_size
+
+
+def tensortier(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tensortier", *arguments], capture_output=True, text=True)
+
+
+def test_a_trace_tells_the_planner_how_often_experts_are_found(
+    moe_path: Path, synthetic: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of the policy that it chooses, in service on the text that was recorded: what was promised for its second half,
+    give or take what a text's halves differ."""
+    trace, text = (
+        str(tmp_path / "t"),
+        "The history of bread begins with grass seeds that were ground and baked.",
+    )
+    common = ("-p", text, "--raw", "-n", "60", "-c", "512", "-t", "1", "-ub", "1", "-q")
+    made = tensortier("trace", str(moe_path), "-o", trace, *common, "--ram", "500MiB")
+    assert made.returncode == 0, made.stderr
+    environment = calibrations.environment(tmp_path / "cache", hardware.probe())
+    command = [sys.executable, "-m", "tensortier", "run", str(moe_path), *common, "-b", "64", "--json"]
+    command += ["--temp", "0", "--ram", "460MiB", "--trace", trace]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["estimate"]["provenance"]["hit rate"] == "trace"
+    (note,) = [n for n in answer["estimate"]["notes"] if trace in n]
+    promised = int(note.split("%")[0]) / 100
+    assert promised > 0.3 and abs(answer["tier"]["hit_rate"] - promised) < 0.12, (answer["tier"], note)
+    other = synthetic(**MIXTURE)
+    refused = tensortier("plan", str(other), "--ram", "560MiB", "--no-calibrate", "--trace", trace)
+    assert refused.returncode == 2 and "another model" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
