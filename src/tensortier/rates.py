@@ -30,6 +30,7 @@ _DRIVE_SPREAD = 0.2  # other work on it, bursts, what is near the end of a disk
 # Bytes under way. More than the experts that a token misses in one layer cannot be asked for. Less looks as good where
 # something before the drive has the data in memory, as the host of a virtual machine, and is slow where it has not.
 _UNDER_WAY = (8 << 20, 16 << 20)
+_READ = 1 << 20  # bytes of the largest: the matrices of an expert are seldom larger
 GPU_LAYER_SECONDS = 60e-6  # kernels between the products of one layer
 GPU_SPLIT_SECONDS = 60e-6
 ASSUMED_LINK = 12e9  # bytes/s, where a card's link is not known
@@ -161,7 +162,7 @@ def _best_reads(drives: Sequence[DriveRead]) -> DriveRead:
     """As little under way as nearly reaches the best speed: the less, the sooner what was asked for first is there. Of
     equals the largest reads, of which there are the fewest."""
     low, high = _UNDER_WAY
-    fitting = [d for d in drives if low <= d.block * d.depth <= high] or list(drives)
+    fitting = [d for d in drives if d.block <= _READ and low <= d.block * d.depth <= high] or list(drives)
     most = max(d.bytes_per_second for d in fitting)
     good = [d for d in fitting if d.bytes_per_second >= _NEARLY * most]
     return min(good, key=lambda d: (d.block * d.depth, -d.block))
