@@ -117,8 +117,9 @@ class ServerProcess:
         return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
 
     def threads(self) -> int:
-        """Of the process, those of libraries included."""
-        return sum(1 for _ in Path(f"/proc/{self.process.pid}/task").iterdir())
+        """Of the process, those of libraries included; but not those of pools, which stay for a while."""
+        pooled = [name for name in self.stats()["threads"] if name.startswith(("AnyIO", "asyncio_"))]
+        return sum(1 for _ in Path(f"/proc/{self.process.pid}/task").iterdir()) - len(pooled)
 
     def wait(self, seconds: float = 30.0) -> int:
         """The exit code."""

@@ -114,7 +114,6 @@ def test_who_leaves_in_the_middle_of_a_long_prompt(server: ServerProcess) -> Non
 
 
 def test_a_storm_of_clients_that_leave(server: ServerProcess) -> None:
-    server.get("/")  # a thread for files stays
     server.quiet()
     before = server.files(), server.threads()
     refused = 0
