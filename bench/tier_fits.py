@@ -2,9 +2,9 @@
 
     python -m bench.tier_fits [--tokens 48] [--rounds 3]
 
-The planner leaves nothing on the drive then (tests/unit/test_paging.py), so the first row is what `tensortier run` does.
-The last row says what would be lost if it did: slots have the plain kernels. Expected: no gap between plain stock and the
-backend; reordered weights ("repack") may be faster or slower than both (see the lab log).
+The planner leaves nothing on the drive then (tests/unit/test_paging.py), so the first row is what `tensortier run`
+does. The last row says what would be lost if it did: slots have the plain kernels. Expected: no gap between plain stock
+and the backend; reordered weights ("repack") may be faster or slower than both (see the lab log).
 """
 
 from __future__ import annotations
