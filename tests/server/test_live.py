@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tensortier import hardware, measuring
+from tensortier import catalogue, hardware, measuring
 from tensortier.deciding import Wish
 from tensortier.library import LibraryModel
 from tensortier.server import live as module
 from tensortier.server import plans
 from tensortier.server.api import _Measurement
 from tensortier.server.live import Live
-from tensortier.types import Activity
+from tensortier.types import Activity, DeviceMemory, Plan, Settings
 
 
 class Clock:
@@ -113,3 +114,33 @@ def test_too_many_questions_are_refused(monkeypatch: pytest.MonkeyPatch, smollm2
             await made.close()
 
     asyncio.run(story())
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("now", "settings", "expected"),
+    [
+        (30, Settings(), 32),  # a little less than at first is the same
+        (20, Settings(load_mode="none"), 26),  # others took 6 GiB, and the model gives 6 back
+        (20, Settings(load_mode="mmap", repack=False), 22),  # its 4 GiB of weights are the kernel's already
+        (20, Settings(load_mode="mmap", repack=True), 26),
+        (31, Settings(load_mode="none"), 32),  # never more than at first
+    ],
+)
+def test_memory_that_others_took_is_not_planned_with(
+    monkeypatch: pytest.MonkeyPatch, now: int, settings: Settings, expected: int
+) -> None:
+    machine = catalogue.hypothetical(["RTX 4090"], 64 * GIB, memory="DDR5-5600 x2")
+    machine = replace(machine, ram_available=32 * GIB)
+    monkeypatch.setattr(plans.system, "memory", lambda: SimpleNamespace(available=now * GIB))
+    rows = (
+        DeviceMemory("CPU", 4 * GIB, GIB // 2, GIB // 2),
+        DeviceMemory("CUDA0", 9 * GIB, 0, 0),
+        DeviceMemory("TIER", GIB // 2, 0, 0),
+        DeviceMemory("process", GIB // 2, 0, 0),
+    )
+    loaded = [Plan("x", settings=settings, memory=rows)]
+    assert plans.without(machine, loaded).ram_available == expected * GIB
+    assert plans.without(machine, ()).ram_available == (32 if now >= 31 else now) * GIB

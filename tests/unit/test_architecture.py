@@ -91,7 +91,7 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "errors", "paths", "gguf", "library", "hardware", "catalogue", "formulas", "workloads"),
         *("placement", "pageable", "paging", "rates", "cost", "memory", "measuring", "budget", "optimizer"),
         *("candidates", "search", "reasons", "planner", "planfile", "planid", "levels", "gains", "explain"),
-        *("export", "overrides", "deciding", "downloads", "hub", "engine", "tier", "calibrate"),
+        *("export", "overrides", "deciding", "downloads", "hub", "engine", "tier", "calibrate", "system"),
     },
 }
 

@@ -26,7 +26,7 @@ from tensortier.server.host import ModelHost
 from tensortier.server.live import Live
 from tensortier.server.loading import Loaded
 from tensortier.server.plans import Busy, Choice, Plans
-from tensortier.types import Hardware
+from tensortier.types import Hardware, Plan
 
 if TYPE_CHECKING:
     from tensortier import downloads
@@ -114,11 +114,11 @@ def router(
 
     @api.post("/slider")
     async def slider(asked: _Asked) -> Response:
-        return await _answered(plans.curve(await choice(asked)))
+        return await _answered(plans.curve(await choice(asked), _plans_of(host)))
 
     @api.post("/plan")
     async def plan(asked: _PlanAsked) -> Response:
-        return await _answered(plans.plan(await choice(asked), asked.budget))
+        return await _answered(plans.plan(await choice(asked), asked.budget, _plans_of(host)))
 
     @api.get("/plans/{plan_id}")
     async def plan_file(plan_id: str) -> Response:
@@ -215,6 +215,11 @@ def _add_downloads(api: APIRouter, manager: downloads.Manager) -> None:
     async def cancel(download_id: str) -> Any:
         await asyncio.to_thread(manager.cancel, download_id)
         return {"id": download_id}
+
+
+def _plans_of(host: ModelHost) -> list[Plan]:
+    """Of the models that are loaded."""
+    return [one.plan for one in host.state() if one.engine is not None and one.plan is not None]
 
 
 async def _answered(work: Any) -> Response:

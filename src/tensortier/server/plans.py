@@ -10,12 +10,12 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tensortier import calibrate, deciding, formulas, gguf, measuring, memory, planfile
+from tensortier import calibrate, deciding, formulas, gguf, measuring, memory, planfile, system
 from tensortier.budget import PROCESS
 from tensortier.deciding import Wish
 from tensortier.errors import LoadError, TensortierError, UsageError
@@ -74,15 +74,16 @@ class Plans:
         self._plans: OrderedDict[str, Kept] = OrderedDict()
         self._ids: deque[tuple[Plan, str]] = deque(maxlen=16)  # of plans that others hold
 
-    async def curve(self, choice: Choice) -> bytes:
-        """JSON of the whole slider; see ``_curve_json``. Raises as ``slider.base``; Busy."""
-        _, told = await self._call(functools.partial(self._curve, choice))
+    async def curve(self, choice: Choice, loaded: Sequence[Plan] = ()) -> bytes:
+        """JSON of the whole slider; see ``_curve_json``. ``loaded``: plans of the models that are loaded now and make
+        room for this one. Raises as ``slider.base``; Busy."""
+        _, told = await self._call(functools.partial(self._curve, choice, loaded))
         return told
 
-    async def plan(self, choice: Choice, budget: int | None) -> bytes:
+    async def plan(self, choice: Choice, budget: int | None, loaded: Sequence[Plan] = ()) -> bytes:
         """JSON of the plan for a position of the slider; None: the best with all that is free. Raises as
         ``slider.plan_at``; Busy."""
-        return await self._call(functools.partial(self._plan, choice, budget))
+        return await self._call(functools.partial(self._plan, choice, budget, loaded))
 
     def kept(self, id: str) -> Kept:
         """Raises UsageError for a plan that was not made here, or so long ago that it was forgotten."""
@@ -142,13 +143,15 @@ class Plans:
         if probe is not None:
             probe.close()
 
-    def _curve(self, choice: Choice) -> tuple[Base, bytes]:
-        key = (*dataclasses.astuple(choice), _stamp(choice.model.path), _stamp(calibrate.path(self.machine)))
+    def _curve(self, choice: Choice, loaded: Sequence[Plan]) -> tuple[Base, bytes]:
+        stamps = (_stamp(choice.model.path), _stamp(calibrate.path(self.machine)))
+        machine = without(self.machine, loaded)
+        key = (*dataclasses.astuple(choice), *stamps, machine.ram_available)
         if key not in self._curves:
             wish = _wished(self.wish, choice)
             rates = measuring.kept(self.machine, wish.settings, _log.warning)
             answers = self._answers(choice.model.path)
-            base = slider.base(wish, self.machine, rates, answers)
+            base = slider.base(wish, machine, rates, answers)
             curve = slider.curve(base, answers)
             told = json.dumps(_curve_json(choice, base, curve), separators=(",", ":")).encode()
             self._curves[key] = (base, told)
@@ -157,8 +160,8 @@ class Plans:
         self._curves.move_to_end(key)
         return self._curves[key]
 
-    def _plan(self, choice: Choice, budget: int | None) -> bytes:
-        base, _ = self._curve(choice)
+    def _plan(self, choice: Choice, budget: int | None, loaded: Sequence[Plan]) -> bytes:
+        base, _ = self._curve(choice, loaded)
         plan = base.plan if budget is None else slider.plan_at(base, budget, self._answers(choice.model.path))
         kept = Kept(_id(plan), base.model, choice.model.name, plan)
         self._plans[kept.id] = kept
@@ -166,6 +169,23 @@ class Plans:
         while len(self._plans) > _PLANS:
             self._plans.popitem(last=False)
         return json.dumps(_plan_json(base, kept), separators=(",", ":")).encode()
+
+
+def without(machine: Hardware, loaded: Sequence[Plan]) -> Hardware:
+    """``machine`` with the RAM that other programs leave to it now, once the models of ``loaded`` are gone. No more
+    than it had at first, and in steps of a 32nd of it, so that what was worked out holds for a while."""
+    gpus = {d.name for d in machine.devices if d.kind != "cpu"}
+    now = system.memory().available
+    for plan in loaded:
+        # the kernel counts pages of a mapped file as available already
+        mapped = plan.settings.load_mode.startswith("mmap") and not plan.settings.repack
+        for row in plan.memory:
+            if row.device not in gpus:
+                now += row.total_bytes - (row.weights_bytes if mapped and row.device == "CPU" else 0)
+    step = max(1, machine.ram_available // 32)
+    if now >= machine.ram_available - step:
+        return machine
+    return dataclasses.replace(machine, ram_available=max(step, now // step * step))
 
 
 def _id(plan: Plan) -> str:
