@@ -338,7 +338,7 @@ def test_changes_are_told(world: World) -> None:
             await used(host, "a")
             host.stop()
             await watching
-        assert [phase for phase, _ in seen][-1] == "ready" and seen[-1][1] == 1.0
+        assert ("ready", 1.0) in seen and seen[-1] == ("ready", 1.0)
         assert [fraction for _, fraction in seen] == sorted(fraction for _, fraction in seen)
 
     run(work())

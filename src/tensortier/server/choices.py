@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensortier.server.respond import Work
@@ -39,9 +40,10 @@ class Answer(ABC):
         }
 
     async def whole(self) -> dict[str, Any]:
-        async for pieces in self._work.pieces():
-            for index, piece in pieces:
-                self.add(index, piece)
+        async with contextlib.aclosing(self._work.pieces()) as arriving:
+            async for pieces in arriving:
+                for index, piece in pieces:
+                    self.add(index, piece)
         choices = [self.choice(index) for index in range(len(self._work.requests))]
         return {
             **self._head,
@@ -50,7 +52,7 @@ class Answer(ABC):
             "usage": usage(self._work.requests, self._prompts),
         }
 
-    async def stream(self, with_usage: bool) -> AsyncIterator[list[Any]]:
+    async def stream(self, with_usage: bool) -> AsyncGenerator[list[Any]]:
         """Chunks, in lists that are to be sent together."""
         head = {**self._head, "object": self.chunk_kind}
         end = {"usage": None} if with_usage else {}
@@ -59,8 +61,9 @@ class Answer(ABC):
             return {**head, "choices": [choice], **end}
 
         yield [chunk(choice) for index in range(len(self._work.requests)) for choice in self.opening(index)]
-        async for pieces in self._work.pieces():
-            yield [chunk(choice) for index, piece in pieces for choice in self.chunks(index, piece)]
+        async with contextlib.aclosing(self._work.pieces()) as arriving:
+            async for pieces in arriving:
+                yield [chunk(choice) for index, piece in pieces for choice in self.chunks(index, piece)]
         last: list[Any] = ["[DONE]"]
         if with_usage:
             last.insert(0, {**head, "choices": [], "usage": usage(self._work.requests, self._prompts)})

@@ -87,6 +87,7 @@ class ModelHost:
         self._leaving: list[Slot] = []
         self._switching = asyncio.Lock()  # one model is loaded at a time
         self._change = asyncio.Event()  # set at a change, and then another one
+        self._changes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
 
@@ -176,8 +177,11 @@ class ModelHost:
     async def changes(self) -> AsyncIterator[None]:
         """Yields after each change of ``state()``; changes that come while nobody waits are told once. Ends when the
         host is closed or stopped."""
+        seen = self._changes
         while not self._stopping:
-            await self._change.wait()
+            while self._changes == seen:
+                await self._change.wait()
+            seen = self._changes
             yield
 
     # --- use
@@ -401,14 +405,16 @@ class ModelHost:
     async def _unload_idle(self, seconds: float) -> None:
         while True:
             await asyncio.sleep(min(5.0, seconds / 4))
-            for slot in list(self._slots.values()):
-                idle = slot.engine is not None and not slot.users and slot.phase is Phase.READY
-                if idle and time.monotonic() - slot.used_at > seconds:
-                    await self._unload(slot)
+            async with self._switching:  # nobody counts on the memory of a model that is about to leave
+                for slot in list(self._slots.values()):
+                    idle = slot.engine is not None and not slot.users and slot.phase is Phase.READY
+                    if idle and time.monotonic() - slot.used_at > seconds:
+                        await self._unload(slot)
 
     # --- plumbing
 
     def _notify(self) -> None:
+        self._changes += 1
         event, self._change = self._change, asyncio.Event()
         event.set()
 

@@ -24,6 +24,7 @@ from tensortier.server.limits import Gate, Settings
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _POLL_SECONDS = 0.05
+_IDLE_SECONDS = 15  # of a connection between requests; clients give theirs up earlier
 _LAST_SECONDS = 2  # for connections, after the answers
 
 
@@ -83,6 +84,7 @@ def serve(
         access_log=False,
         server_header=False,
         limit_concurrency=settings.connections,
+        timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
     logging.getLogger("uvicorn.error").addFilter(_worth_telling)
@@ -175,6 +177,8 @@ def _protocol(seconds: float) -> type[asyncio.Protocol]:
         def on_response_complete(self) -> None:
             self._disarm()
             super().on_response_complete()
+            if self.conn.trailing_data[0]:  # a part of the next request is there already
+                self._arm()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()

@@ -108,7 +108,7 @@ def _figures(loaded: Loaded) -> Iterator[tuple[str, str, float]]:
 def router(host: ModelHost, gate: Gate, metrics: Metrics, settings: Settings) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/health")
+    @routes.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         if host.stopping:
             return JSONResponse({"status": "stopping"}, 503)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -38,23 +38,31 @@ class Sender:
     def __init__(self, send: Send, told: Callable[[int], None]) -> None:
         self._send = send
         self._told = told
+        self._has_told = False
         self.started = False  # with a stream
+
+    def tell(self, status: int) -> None:
+        """The first status of an answer counts."""
+        if not self._has_told:
+            self._has_told = True
+            self._told(status)
 
     async def json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = to_json(value)
         lines = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
         raw = [(name.encode(), line.encode()) for name, line in lines.items()]
-        self._told(status)
+        self.tell(status)
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
         await self._send({"type": "http.response.body", "body": body})
 
-    async def events(self, source: AsyncIterator[list[Any]]) -> None:
+    async def events(self, source: AsyncGenerator[list[Any]]) -> None:
         """Each list is sent at once; its members are one event each: objects, or text as it is."""
         self.started = True
-        self._told(200)
+        self.tell(200)
         await self._send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
-        async for values in source:
-            await self._part(b"".join(_event(value) for value in values) or b": ping\n\n")
+        async with contextlib.aclosing(source):
+            async for values in source:
+                await self._part(b"".join(_event(value) for value in values) or b": ping\n\n")
         await self._part(b"", more=False)
 
     async def problem(self, problem: Problem) -> None:
@@ -88,7 +96,7 @@ class Answering(Response):
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                self._told(499)  # as it is usually written: closed by the client
+                sender.tell(499)  # as it is usually written: closed by the client
         finally:
             watch.cancel()
             work.cancel()
@@ -141,7 +149,7 @@ class Work:
         self.requests.append(request)
         request.listen(arrived)
 
-    async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+    async def pieces(self) -> AsyncGenerator[list[tuple[int, Piece]]]:
         """Of all answers, with their number, as they come; an empty list from time to time while there are none. Raises
         what ended an answer too early."""
         running = len(self.requests)
