@@ -256,8 +256,8 @@ class Costs:
             helper = self.rates.of(self._helper)
             link = helper.link or helper.memory
             copied = Spent({"link": nbytes / link.value}, nbytes / link.value * link.spread)
-            return total([copied, _weights(helper, tensor, touched, macs)])
-        return _weights(rates, tensor, touched, macs if tokens > 1 else 0.0)
+            return total([copied, _weights(helper, helper.device, tensor, touched, macs)])
+        return _weights(rates, home, tensor, touched, macs if tokens > 1 else 0.0)
 
     def _attention(self, layer: int, device: str, tokens: int) -> Spent:
         model = self.model
@@ -355,9 +355,9 @@ def _is_matrix(tensor: Tensor) -> bool:
     return len(tensor.shape) >= 2 and tensor.role is not Role.ROUTER
 
 
-def _weights(rates: DeviceRates, tensor: Tensor, touched: float, macs: float) -> Spent:
-    """Reading the share ``touched`` of a weight while it is multiplied, or ``macs`` multiply-adds where those take
-    longer."""
+def _weights(rates: DeviceRates, home: str, tensor: Tensor, touched: float, macs: float) -> Spent:
+    """At ``home``, whose rates are given: reading the share ``touched`` of a weight while it is multiplied, or
+    ``macs`` multiply-adds where those take longer."""
     nbytes, rows = tensor.nbytes * touched, tensor.n_elements / tensor.shape[0] * touched
     narrow = rates.narrow.get(_read_as(tensor.qtype), rates.other_narrow)
     seconds = narrow.seconds(nbytes, rows)
@@ -368,7 +368,7 @@ def _weights(rates: DeviceRates, tensor: Tensor, touched: float, macs: float) ->
         wide = table.get(_read_as(tensor.qtype)) or rates.wide.get(tensor.qtype, rates.other_wide)
         arithmetic = macs / wide.value
         seconds, slack = max((nbytes / rates.memory.value, 0.0), (arithmetic, arithmetic * wide.spread))
-    return Spent({f"weights on {rates.device}": seconds}, slack)
+    return Spent({f"weights on {home}": seconds}, slack)
 
 
 def _read_as(qtype: str) -> str:

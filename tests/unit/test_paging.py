@@ -10,7 +10,7 @@ import pytest
 
 from tensortier import budget, catalogue, cost, gguf, levels, memory, paging, placement, rates, slots
 from tensortier.rates import Reads, Speed
-from tensortier.types import Plan, Settings, Tier, Workload
+from tensortier.types import Estimate, Plan, Settings, Tier, Workload
 from tests.unit.test_cost import RATES
 
 GIB = 1 << 30
@@ -129,6 +129,28 @@ def test_weights_from_the_drive_are_computed_as_they_are_in_the_file(skeleton: C
     there = paging.estimate(model, made, speeds, WORK, {}).decode_seconds["weights on CPU"]
     experts = sum(t.nbytes for t in model.tensors if t.role.is_routed_expert) * 8 / 128
     assert there - here == pytest.approx(experts / 10e9 - experts / 50e9, rel=1e-6)
+
+
+def test_experts_that_are_there_are_computed_while_the_others_arrive(skeleton: Callable[[str], Path]) -> None:
+    """A token takes what is no expert's, and the longer of reading and computing experts, and a little of the other."""
+    path = skeleton("qwen3-30b-a3b-q4_k_m")
+    model = gguf.read(path)
+    made, plan = planned(path, 8 * GIB)
+    assert made is not None
+    experts = sum(t.nbytes for t in model.tensors if t.role.is_routed_expert) * 8 / 128 / 50e9
+    in_memory = 1 / cost.estimate(model, plan, RATES, WORK, {}).decode_tokens_per_second
+    for speed, least in ((1e15, in_memory), (1e9, in_memory - experts)):
+        found = paging.estimate(model, made, dataclasses.replace(RATES, drive=Speed(speed)), WORK, {})
+        seconds = 1 / found.decode_tokens_per_second
+        reading = (1 - hit_share(found)) * experts * 50e9 / (0.95 * speed)
+        assert least + (reading if speed == 1e9 else 0) <= seconds * 1.001
+        assert seconds <= (least + reading + 0.25 * min(experts, reading)) * 1.02
+
+
+def hit_share(found: Estimate) -> float:
+    """Told in a note."""
+    (note,) = [n for n in found.notes if "are found in RAM" in n]
+    return int(note.split("%")[0].split()[-1]) / 100
 
 
 def test_reads_are_those_that_were_measured() -> None:
