@@ -7,9 +7,11 @@ batches of different sizes.
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
@@ -21,6 +23,7 @@ from tensortier._llama.memory import allocated
 from tensortier.engine import Engine, Request
 from tensortier.errors import Cancelled, ContextFull, GenerationError, TensortierError, UsageError
 from tensortier.types import GenerationStats, Piece, Plan, Sampling, Settings
+from tests import tier_runs as runs
 from tests.models import bert
 
 TOPICS = ["the sea", "a lighthouse", "bread", "the moon", "iron", "chess", "a river", "rain", "bees", "glass"]
@@ -465,3 +468,33 @@ def test_an_encoder(pooling: int, tmp_path: Path) -> None:
             engine.embed(["hello " * 70])
         with pytest.raises(UsageError, match="does not generate text"):
             engine.complete("hello")
+
+
+def test_weights_on_the_drive(synthetic: Callable[..., Path]) -> None:
+    """Experts read for several requests at a time; a read that fails ends those whose batch it was, with its reason."""
+    path = synthetic(layers=3, experts=8, used=2, qtype="F16", embedding="F16")
+    reference = Reference(path)
+    plan = runs.tier_plan(path, expert_bytes=runs.expert_bytes(path)[0])
+    settings = Settings(
+        n_ctx=1024, n_batch=256, n_ubatch=32, n_seq_max=3, threads=2, flash_attention="off", repack=False
+    )
+    with Engine(replace(plan, settings=settings)) as engine:
+        prompts = [engine.tokenize(f"A text about {topic}:" * 5) for topic in TOPICS[:5]]
+        for prompt, request in [(prompt, ask(engine, prompt, 12)) for prompt in prompts]:
+            reference.check(prompt, answer(request))
+        assert engine.paged is not None
+        requests = [ask(engine, prompt, 40) for prompt in prompts]
+        next(requests[0])
+        engine.paged.inject_fault(-errno.EIO)
+        outcomes = []
+        for request in requests:
+            try:
+                outcomes.append(len(answer(request)))
+            except GenerationError as exc:
+                outcomes.append(str(exc))
+        failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        assert 1 <= len(failed) <= 3  # at most all that had a sequence
+        assert all("Input/output error" in text for text in failed)
+        assert [outcome for outcome in outcomes[3:] if outcome == 40]  # who waited goes on
+        reference.check(prompts[0], answer(ask(engine, prompts[0], 12)))
+    reference.llama.close()

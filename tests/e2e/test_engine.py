@@ -102,6 +102,26 @@ def test_chat_is_that_of_the_bindings(engine: Engine, smollm2_path: Path) -> Non
     assert ours.stats.completion_tokens == expected["usage"]["completion_tokens"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.9, "seed": 7},
+        {"temperature": 1.3, "seed": 1 << 31, "top_k": 0, "top_p": 0.7, "min_p": 0.0, "typical_p": 0.9},
+        {"temperature": 0.0, "repeat_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
+        {"temperature": 0.0, "stop": (" and", "xyz")},
+    ],
+)
+def test_same_choices_as_the_bindings(engine: Engine, smollm2_path: Path, options: dict[str, Any]) -> None:
+    """The same samplers in the same order, from the same seed."""
+    reference = stock(smollm2_path)
+    theirs = {**options, "stop": list(options.get("stop", ()))}
+    expected = reference.create_completion(PROMPTS[0], max_tokens=40, **theirs)
+    reference.close()
+    request = engine.complete(PROMPTS[0], Sampling(max_tokens=40, **options))
+    assert text_of(request) == expected["choices"][0]["text"]
+    assert request.stats.finish_reason == expected["choices"][0]["finish_reason"]
+
+
 def test_memory_is_what_was_predicted(smollm2_path: Path) -> None:
     plan = Plan(model=str(smollm2_path), settings=Settings(n_ctx=1024, load_mode="none", threads=2))
     rows = memory.predict(plan)
