@@ -3,8 +3,9 @@
     python -m bench.tier_compare [--ratios 2,4] [--tokens 24] [--rounds 1]
 
 Its scheme, run by our own backend: one LRU over all layers, eight threads that block in reads past the page cache,
-nothing read ahead. Two things of ours stay on, both in its favour: experts that are there are computed while others arrive, and
-the LRU's guard against finding nothing at all. So the ratio printed is less than what the whole difference would be.
+nothing read ahead. Two things of ours stay on, both in its favour: experts that are there are computed while others
+arrive, and the LRU's guard against finding nothing at all.
+So the ratio printed is less than what the whole difference would be.
 
 The model is that of bench.tier_moe, in a control group of its size / RATIO. The text is the same for both: greedy
 text, which a model of random weights soon repeats, and forced tokens at random, the worst case. Expected: ours at least

@@ -24,6 +24,7 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""  # for models whose template knows no tools; the format is Hermes'
+_CHATML_END = "<|im_end|>"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class ChatTemplate:
     """A model's chat template.
 
     Args:
-        template: Jinja2, as the file has it; None: the model has none, and Llama 2's format is used.
+        template: Jinja2, as the file has it; None: the model has none, and ChatML is used, as llama.cpp's
+            server does.
         tool_template: the one for requests with tools, where the file has a second.
         bos, eos: the texts of those tokens.
 
@@ -50,13 +52,14 @@ class ChatTemplate:
 
     def __init__(self, template: str | None, tool_template: str | None, bos: str, eos: str) -> None:
         from jinja2 import TemplateError
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+        from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
-        self._eos = eos
-        self._text = tool_template or template or ""
+        self._stops = tuple(filter(None, (eos,) if template else (eos, _CHATML_END)))
+        template = template or CHATML_CHAT_TEMPLATE
+        self._text = tool_template or template
         try:
             self._plain, self._tools = (
-                Jinja2ChatFormatter(text, eos_token=eos, bos_token=bos) if text else None
+                Jinja2ChatFormatter(text, eos_token=eos, bos_token=bos)
                 for text in (template, tool_template or template)
             )
         except TemplateError as exc:
@@ -89,37 +92,32 @@ class ChatTemplate:
         if offered and style is None:
             known = _with_tools_prompt(known, tools or ())
         text = self._render(known, list(tools or ()) if offered and style is not None else None, tool_choice)
-        stops = (self._eos,) if self._eos else ()
         style = style or toolcalls.Style.HERMES
         if choice == "function":
             text += toolcalls.wrapping(style, name).before
             return ChatPrompt(
                 text,
-                stops,
+                self._stops,
                 schema_grammar(offered[name], f"parameters of {name}"),
                 lambda: toolcalls.ForcedCall(name),
             )
         if choice == "required":
             grammar = _call_grammar(style, offered)
         if not offered or (grammar is not None and choice == "auto"):
-            return ChatPrompt(text, stops, grammar)
-        return ChatPrompt(text, stops, grammar, lambda: toolcalls.CallFinder(style, offered))
+            return ChatPrompt(text, self._stops, grammar)
+        return ChatPrompt(text, self._stops, grammar, lambda: toolcalls.CallFinder(style, offered))
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list[Mapping[str, Any]] | None, tool_choice: Any
     ) -> str:
         """Templates raise errors of their own, and look up and index what they were given unchecked."""
         from jinja2 import TemplateError
-        from llama_cpp.llama_chat_format import format_llama2
 
         formatter = self._tools if tools else self._plain
         try:
-            if formatter is None:
-                text = format_llama2(messages=messages).prompt
-            else:
-                text = formatter(
-                    messages=messages, tools=tools, tool_choice=tool_choice if tools else None
-                ).prompt
+            text = formatter(
+                messages=messages, tools=tools, tool_choice=tool_choice if tools else None
+            ).prompt
         except (TemplateError, ValueError, LookupError, TypeError, AttributeError) as exc:
             raise UsageError(f"this request cannot be used: {exc!s:.200}") from exc
         return str(text)

@@ -112,7 +112,8 @@ class Scheduler:
                 self._calls.append(start)
                 self._wake.notify()
                 return
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
         start()
 
     def activity(self) -> Activity:

@@ -211,7 +211,9 @@ class Tier:
     reader: str = "auto"  # "io_uring", "threads"
     queue_depth: int = 24  # reads under way at a time: the fewer, the sooner the first of them is there
     read_bytes: int = 2 << 20  # of the largest single read
-    guesses: int = -1  # experts of the next layer read ahead, by its router; 0: none, -1: where it proves faster
+    guesses: int = (
+        -1
+    )  # experts of the next layer read ahead, by its router; 0: none, -1: where it proves faster
     warm_start: bool = True  # experts that stayed when the model was last closed are read when it is loaded
 
 

@@ -77,10 +77,10 @@ def write(model: ModelInfo, shape: tuple[int, int], experts: Sequence[Expert]) -
         descriptor, temporary = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(descriptor, "w") as file:
             json.dump(data, file, separators=(",", ":"))
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except OSError:
         if temporary is not None:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                Path(temporary).unlink()
         return False
     return True

@@ -22,7 +22,7 @@ from tensortier import memory
 from tensortier._llama.memory import allocated
 from tensortier.engine import Engine, Request
 from tensortier.errors import Cancelled, ContextFull, GenerationError, TensortierError, UsageError
-from tensortier.types import GenerationStats, Piece, Plan, Sampling, Settings
+from tensortier.types import GenerationStats, Piece, Placement, Plan, Sampling, Settings
 from tests import tier_runs as runs
 from tests.models import bert
 
@@ -498,3 +498,17 @@ def test_weights_on_the_drive(synthetic: Callable[..., Path]) -> None:
         assert [outcome for outcome in outcomes[3:] if outcome == 40]  # who waited goes on
         reference.check(prompts[0], answer(ask(engine, prompts[0], 12)))
     reference.llama.close()
+
+
+def test_on_another_device(tiny_path: Path, rpc_device: str, reference: Reference) -> None:
+    """Weights and cache there, or the cache here."""
+    for place in (
+        Placement(("RPC0",), -1),
+        Placement(("RPC0",), 1),
+        Placement(("RPC0",), -1, kv_on_device=False),
+    ):
+        settings = Settings(n_ctx=1024, n_ubatch=64, n_seq_max=3, threads=1, flash_attention="off")
+        with Engine(Plan(str(tiny_path), place, settings, rpc=(rpc_device,))) as engine:
+            prompts = [engine.tokenize(f"A text about {topic}:" * 20) for topic in TOPICS[:5]]
+            for prompt, request in [(prompt, ask(engine, prompt, 12)) for prompt in prompts]:
+                reference.check(prompt, answer(request))

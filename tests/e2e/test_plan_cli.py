@@ -60,6 +60,7 @@ def test_the_file_that_plan_prints_runs(
     answer = tensortier("run", "--plan", file, "--raw", "-p", "The sun", "-n", "4", "--temp", "0", "--json")
     assert answer.returncode == 0, answer.stderr
     devices = {row["device"]: row["allocated"] for row in json.loads(answer.stdout)["devices"]}
+    assert plan["memory"].pop()["device"] == "process"  # the program itself, no device
     for row in plan["memory"]:
         assert devices[row.pop("device")] == row
 
@@ -348,7 +349,10 @@ def test_a_plan_for_another_model_or_machine(
         ({"n_gpu_layers": -7}, "n_gpu_layers must be -1 (all) or a number of layers, not -7"),
         ({"n_gpu_layers": 1 << 40}, "n_gpu_layers must be"),
         ({"overrides": [{"pattern": "blk\\.(", "device": "CPU"}]}, "is not a regular expression"),
-        ({"overrides": [{"pattern": "ffn", "device": "CUDA7"}]}, "'CUDA7', which is not here; there are: CPU"),
+        (
+            {"overrides": [{"pattern": "ffn", "device": "CUDA7"}]},
+            "'CUDA7', which is not here; there are: CPU",
+        ),
         ({"devices": ["CUDA7"], "n_gpu_layers": -1}, "'CUDA7', which is not here; there are: CPU"),
         ({"tensor_split": [-1.0]}, "tensor_split takes shares of 0 or more"),
         ({"tensor_split": [1.0, 1.0]}, "tensor_split has 2 shares for 0 devices"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensortier import gguf, memory, placement, planner
+from tensortier import budget, gguf, memory, placement, planner
 from tensortier.errors import PatternError, UsageError
 from tensortier.types import Device, Hardware, ModelInfo, Override, Placement, Plan, Settings
 from tests.backend_fixtures import rpc_server
@@ -228,7 +228,8 @@ class TestSimplePlan:
         assert kv.get("CPU", 0) == 0 and kv["RPC0"] > 0
 
     def test_what_does_not_fit_in_ram_is_said(self, smollm2: ModelInfo) -> None:
-        plan = planner.simple_plan(smollm2, machine(ram_gib=0.1), Settings())
+        process = budget.process_bytes(smollm2, Settings()) / GIB
+        plan = planner.simple_plan(smollm2, machine(ram_gib=process + 0.1), Settings())
         assert "CPU has 0.10 GiB free" in plan.warnings[0]
 
 

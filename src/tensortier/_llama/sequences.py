@@ -147,8 +147,8 @@ class Sequences:
 
     def copy(self, source: Held, target: Held, n: int) -> int:
         """Gives ``target`` the first ``n`` tokens of ``source``, without copying data; it must be empty. Returns how
-        many it has then, ``n`` or 0."""
-        n = self.reusable(source, n)
+        many it has then, ``n`` or 0. States of recurrent layers are not shared."""
+        n = 0 if self._loaded.recurrent or self._loaded.hybrid else self.reusable(source, n)
         if n == 0:
             return 0
         self._bindings.llama_memory_seq_cp(self._memory, source.number, target.number, 0, n)
