@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,16 +15,22 @@ from tensortier.cli.options import (
     FlashAttention,
     LoadMode,
     choices,
+    device_list,
+    gpu_layers,
     split_list,
+    tensor_split,
 )
 from tensortier.cli.options import settings as batches
-from tensortier.deciding import Undecided
+from tensortier.deciding import Manual, Undecided
 from tensortier.errors import UsageError
 from tensortier.types import Settings
 
+if TYPE_CHECKING:
+    from tensortier.types import Workload
+
 _SETTINGS = Settings()
-FLASH = FlashAttention(_SETTINGS.flash_attention)
-LOAD_MODE = LoadMode(_SETTINGS.load_mode)
+_FLASH = FlashAttention(_SETTINGS.flash_attention)
+_LOAD_MODE = LoadMode(_SETTINGS.load_mode)
 _PLAIN = (CacheType.F32, CacheType.F16, CacheType.BF16)
 _CONTEXT = "Context and computation"
 BUDGET = "Budget"
@@ -272,47 +279,90 @@ NoKvOffloadOption = Annotated[
 ]
 
 
-def settings_of(
-    *,
-    context: int | None,
-    cache_type_k: CacheType | None,
-    cache_type_v: CacheType | None,
-    flash_attention: FlashAttention,
-    threads: int,
-    threads_batch: int,
-    load_mode: LoadMode,
-    no_repack: bool,
-    no_op_offload: bool,
-    batch: int | None,
-    ubatch: int | None,
-) -> tuple[Settings, Undecided]:
-    """The options as settings, with the defaults for what was not given, and what that was.
+@dataclass(frozen=True)
+class Computation:
+    """Options of the context and how it is computed."""
 
-    Raises:
-        UsageError: batch sizes that contradict each other, or a V cache that llama.cpp would refuse.
-    """
-    if flash_attention is FlashAttention.OFF and cache_type_v not in (None, *_PLAIN):
-        raise UsageError(f"-ctv {cache_type_v} needs flash attention, which -fa off switches off")
-    settings = Settings(
-        n_ctx=_SETTINGS.n_ctx if context is None else context,
-        type_k=_SETTINGS.type_k if cache_type_k is None else cache_type_k.value,
-        type_v=_SETTINGS.type_v if cache_type_v is None else cache_type_v.value,
-        flash_attention=flash_attention.value,
-        threads=threads,
-        threads_batch=threads_batch,
-        load_mode=load_mode.value,
-        repack=not no_repack,
-        op_offload=not no_op_offload,
-    )
-    undecided = Undecided(
-        context=context is None,
-        # without flash attention llama.cpp takes no quantized V cache
-        kv_type=cache_type_k is None and cache_type_v is None and flash_attention is not FlashAttention.OFF,
-        ubatch=batch is None and ubatch is None,
-        op_offload=not no_op_offload,
-        repack=not no_repack,
-    )
-    return batches(settings, batch=batch, ubatch=ubatch), undecided
+    workload: WorkloadOption = None
+    no_calibrate: NoCalibrateOption = False
+    context: ContextOption = None
+    batch: BatchOption = None
+    ubatch: UbatchOption = None
+    cache_type_k: CacheTypeKOption = None
+    cache_type_v: CacheTypeVOption = None
+    flash_attention: FlashOption = _FLASH
+    threads: ThreadsOption = _SETTINGS.threads
+    threads_batch: ThreadsBatchOption = _SETTINGS.threads_batch
+    load_mode: LoadModeOption = _LOAD_MODE
+    no_repack: NoRepackOption = not _SETTINGS.repack
+    no_op_offload: NoOpOffloadOption = not _SETTINGS.op_offload
+
+    @property
+    def given(self) -> bool:
+        return self != Computation()
+
+    def asked(self) -> Workload | None:
+        """What the model is asked to do, None where that is not said. Raises UsageError."""
+        from tensortier import workloads
+
+        return None if self.workload is None else workloads.parse(self.workload)
+
+    def settings(self) -> tuple[Settings, Undecided]:
+        """The options as settings, with the defaults for what was not given, and what that was.
+
+        Raises:
+            UsageError: batch sizes that contradict each other, or a V cache that llama.cpp would refuse.
+        """
+        type_k, type_v, flash = self.cache_type_k, self.cache_type_v, self.flash_attention
+        if flash is FlashAttention.OFF and type_v not in (None, *_PLAIN):
+            raise UsageError(f"-ctv {type_v} needs flash attention, which -fa off switches off")
+        settings = Settings(
+            n_ctx=_SETTINGS.n_ctx if self.context is None else self.context,
+            type_k=_SETTINGS.type_k if type_k is None else type_k.value,
+            type_v=_SETTINGS.type_v if type_v is None else type_v.value,
+            flash_attention=flash.value,
+            threads=self.threads,
+            threads_batch=self.threads_batch,
+            load_mode=self.load_mode.value,
+            repack=not self.no_repack,
+            op_offload=not self.no_op_offload,
+        )
+        undecided = Undecided(
+            context=self.context is None,
+            # without flash attention llama.cpp takes no quantized V cache
+            kv_type=type_k is None and type_v is None and flash is not FlashAttention.OFF,
+            ubatch=self.batch is None and self.ubatch is None,
+            op_offload=not self.no_op_offload,
+            repack=not self.no_repack,
+        )
+        return batches(settings, batch=self.batch, ubatch=self.ubatch), undecided
+
+
+@dataclass(frozen=True)
+class Place:
+    """Options of manual placement."""
+
+    n_gpu_layers: GpuLayersOption = None
+    override_tensor: OverrideOption = None
+    cpu_moe: CpuMoeOption = False
+    n_cpu_moe: NCpuMoeOption = None
+    n_cpu_ffn: NCpuFfnOption = None
+    split: SplitOption = None
+    device: DeviceOption = None
+    no_kv_offload: NoKvOffloadOption = False
+
+    def manual(self) -> Manual:
+        """Raises UsageError where a value is none."""
+        return Manual(
+            n_gpu_layers=gpu_layers(self.n_gpu_layers),
+            override_tensors=tuple(self.override_tensor or ()),
+            cpu_moe=self.cpu_moe,
+            n_cpu_moe=self.n_cpu_moe,
+            n_cpu_ffn=self.n_cpu_ffn,
+            tensor_split=tensor_split(self.split),
+            devices=device_list(self.device),
+            kv_on_device=not self.no_kv_offload,
+        )
 
 
 def sizes(vram: str | None) -> tuple[int, ...]:

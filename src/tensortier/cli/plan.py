@@ -10,15 +10,9 @@ import typer
 from tensortier.cli import placing
 from tensortier.cli.common import console, note, print_json
 from tensortier.cli.deciding import make_plan
-from tensortier.cli.options import (
-    INT_MAX,
-    RpcOption,
-    device_list,
-    gpu_layers,
-    split_servers,
-    tensor_split,
-)
-from tensortier.deciding import Manual, Measure, Wish
+from tensortier.cli.grouped import grouped
+from tensortier.cli.options import INT_MAX, RpcOption, split_servers
+from tensortier.deciding import Measure, Wish
 from tensortier.errors import UsageError
 from tensortier.types import Settings
 
@@ -30,6 +24,7 @@ _ELSEWHERE = "A machine that is not here"
 _OUTPUT = "Output"
 
 
+@grouped
 def plan(
     model: Annotated[
         str,
@@ -136,28 +131,10 @@ def plan(
             rich_help_panel=_OUTPUT,
         ),
     ] = False,
-    workload: placing.WorkloadOption = None,
-    no_calibrate: placing.NoCalibrateOption = False,
-    context: placing.ContextOption = None,
-    batch: placing.BatchOption = None,
-    ubatch: placing.UbatchOption = None,
-    cache_type_k: placing.CacheTypeKOption = None,
-    cache_type_v: placing.CacheTypeVOption = None,
-    flash_attention: placing.FlashOption = placing.FLASH,
-    threads: placing.ThreadsOption = _SETTINGS.threads,
-    threads_batch: placing.ThreadsBatchOption = _SETTINGS.threads_batch,
-    load_mode: placing.LoadModeOption = placing.LOAD_MODE,
-    no_repack: placing.NoRepackOption = not _SETTINGS.repack,
-    no_op_offload: placing.NoOpOffloadOption = not _SETTINGS.op_offload,
+    *,
+    computation: placing.Computation,
     rpc: RpcOption = None,
-    n_gpu_layers: placing.GpuLayersOption = None,
-    override_tensor: placing.OverrideOption = None,
-    cpu_moe: placing.CpuMoeOption = False,
-    n_cpu_moe: placing.NCpuMoeOption = None,
-    n_cpu_ffn: placing.NCpuFfnOption = None,
-    split: placing.SplitOption = None,
-    device: placing.DeviceOption = None,
-    no_kv_offload: placing.NoKvOffloadOption = False,
+    place: placing.Place,
 ) -> None:
     """Show where every tensor and the KV cache would go, with the exact bytes per device and the speed, without
     loading.
@@ -166,34 +143,13 @@ def plan(
     is measured for it.
     """
     _check_outputs(json=json, target=target, explain=explain, levels=levels)
-    settings, undecided = placing.settings_of(
-        context=context,
-        cache_type_k=cache_type_k,
-        cache_type_v=cache_type_v,
-        flash_attention=flash_attention,
-        threads=threads,
-        threads_batch=threads_batch,
-        load_mode=load_mode,
-        no_repack=no_repack,
-        no_op_offload=no_op_offload,
-        batch=batch,
-        ubatch=ubatch,
-    )
-    manual = Manual(
-        n_gpu_layers=gpu_layers(n_gpu_layers),
-        override_tensors=tuple(override_tensor or ()),
-        cpu_moe=cpu_moe,
-        n_cpu_moe=n_cpu_moe,
-        n_cpu_ffn=n_cpu_ffn,
-        tensor_split=tensor_split(split),
-        devices=device_list(device),
-        kv_on_device=not no_kv_offload,
-    )
+    settings, undecided = computation.settings()
+    manual = place.manual()
     if levels and manual.given:
         raise UsageError(
             "--levels goes through the placements itself: leave the options of manual placement out"
         )
-    from tensortier import export, planfile, workloads
+    from tensortier import export, planfile
     from tensortier.catalogue import parse_bytes
 
     if target is not None and target not in export.TARGETS:
@@ -207,7 +163,7 @@ def plan(
         cores=cores,
         link=link,
         rpc=bool(rpc),
-        no_calibrate=no_calibrate,
+        no_calibrate=computation.no_calibrate,
     )
     planned = make_plan(
         Wish(
@@ -216,8 +172,8 @@ def plan(
             undecided,
             manual,
             split_servers(rpc),
-            None if workload is None else workloads.parse(workload),
-            Measure.NEVER if no_calibrate else Measure.ALWAYS,
+            computation.asked(),
+            Measure.NEVER if computation.no_calibrate else Measure.ALWAYS,
             vram=placing.sizes(vram),
             ram=None if ram is None or elsewhere is not None else parse_bytes(ram),
             elsewhere=elsewhere,

@@ -9,38 +9,9 @@ import typer
 
 from tensortier.cli import placing
 from tensortier.cli.common import is_verbose, set_verbose
-from tensortier.cli.options import (
-    INT_MAX,
-    RpcOption,
-    device_list,
-    gpu_layers,
-    split_servers,
-    tensor_split,
-)
+from tensortier.cli.grouped import grouped
+from tensortier.cli.options import INT_MAX, RpcOption, split_servers
 from tensortier.cli.options import sampling as checked_sampling
-from tensortier.cli.placing import (
-    BatchOption,
-    CacheTypeKOption,
-    CacheTypeVOption,
-    ContextOption,
-    CpuMoeOption,
-    DeviceOption,
-    FlashOption,
-    GpuLayersOption,
-    LoadModeOption,
-    NCpuFfnOption,
-    NCpuMoeOption,
-    NoCalibrateOption,
-    NoKvOffloadOption,
-    NoOpOffloadOption,
-    NoRepackOption,
-    OverrideOption,
-    SplitOption,
-    ThreadsBatchOption,
-    ThreadsOption,
-    UbatchOption,
-    WorkloadOption,
-)
 from tensortier.cli.session import (
     Request,
     argument_text,
@@ -49,7 +20,7 @@ from tensortier.cli.session import (
     read_prompt,
     run_session,
 )
-from tensortier.deciding import Manual, Measure, Undecided, Wish
+from tensortier.deciding import Measure, Wish
 from tensortier.errors import UsageError
 from tensortier.types import Sampling, Settings
 
@@ -60,6 +31,7 @@ _PROMPT = "Prompt and output"
 _CHOICE = "Sampling"
 
 
+@grouped
 def run(
     model: Annotated[
         str | None,
@@ -246,20 +218,8 @@ def run(
             rich_help_panel=_CHOICE,
         ),
     ] = None,
-    # how the context is made and computed
-    workload: WorkloadOption = None,
-    no_calibrate: NoCalibrateOption = False,
-    context: ContextOption = None,
-    batch: BatchOption = None,
-    ubatch: UbatchOption = None,
-    cache_type_k: CacheTypeKOption = None,
-    cache_type_v: CacheTypeVOption = None,
-    flash_attention: FlashOption = placing.FLASH,
-    threads: ThreadsOption = _SETTINGS.threads,
-    threads_batch: ThreadsBatchOption = _SETTINGS.threads_batch,
-    load_mode: LoadModeOption = placing.LOAD_MODE,
-    no_repack: NoRepackOption = not _SETTINGS.repack,
-    no_op_offload: NoOpOffloadOption = not _SETTINGS.op_offload,
+    *,
+    computation: placing.Computation,
     vram: placing.VramOption = None,
     ram: placing.RamOption = None,
     trace: placing.TraceOption = None,
@@ -274,14 +234,7 @@ def run(
             "moved; not together with other options of placement or computation.",
         ),
     ] = None,
-    n_gpu_layers: GpuLayersOption = None,
-    override_tensor: OverrideOption = None,
-    cpu_moe: CpuMoeOption = False,
-    n_cpu_moe: NCpuMoeOption = None,
-    n_cpu_ffn: NCpuFfnOption = None,
-    split: SplitOption = None,
-    device: DeviceOption = None,
-    no_kv_offload: NoKvOffloadOption = False,
+    place: placing.Place,
 ) -> None:
     """Chat with a model in the terminal, or answer one prompt (-p, -f or piped data) and leave.
 
@@ -308,44 +261,16 @@ def run(
             grammar=None if grammar is None else read_grammar(grammar),
         )
     )
-    settings, undecided = placing.settings_of(
-        context=context,
-        cache_type_k=cache_type_k,
-        cache_type_v=cache_type_v,
-        flash_attention=flash_attention,
-        threads=threads,
-        threads_batch=threads_batch,
-        load_mode=load_mode,
-        no_repack=no_repack,
-        no_op_offload=no_op_offload,
-        batch=batch,
-        ubatch=ubatch,
-    )
-    manual = Manual(
-        n_gpu_layers=gpu_layers(n_gpu_layers),
-        override_tensors=tuple(override_tensor or ()),
-        cpu_moe=cpu_moe,
-        n_cpu_moe=n_cpu_moe,
-        n_cpu_ffn=n_cpu_ffn,
-        tensor_split=tensor_split(split),
-        devices=device_list(device),
-        kv_on_device=not no_kv_offload,
-    )
+    settings, undecided = computation.settings()
+    manual = place.manual()
     servers = split_servers(rpc)
     given = None if plan is None else read_plan(plan)
     if given is not None:
-        stated = (settings, undecided, workload, no_calibrate, vram, ram, trace) != (
-            *(Settings(), Undecided(), None, False),
-            *(None, None, None),
-        )
+        stated = computation.given or (vram, ram, trace) != (None, None, None)
         if manual.given or servers or stated:
             raise UsageError("--plan says the placement and the settings: give it alone, or with the model")
         model = given.model if model is None else model
-    asked = None
-    if workload is not None:
-        from tensortier import workloads
-
-        asked = workloads.parse(workload)
+    asked = computation.asked()
     question = read_prompt(None if prompt is None else argument_text(prompt, "--prompt"), file)
     if question is None and (json or raw):
         raise UsageError(f"{'--json' if json else '--raw'} needs a prompt: give -p, -f or pipe one in")
@@ -360,7 +285,7 @@ def run(
                 manual,
                 servers,
                 asked,
-                Measure.NEVER if no_calibrate else Measure.IF_IT_DECIDES,
+                Measure.NEVER if computation.no_calibrate else Measure.IF_IT_DECIDES,
                 placing.sizes(vram),
                 None if ram is None else parse_bytes(ram),
                 trace=trace,

@@ -14,32 +14,10 @@ import typer
 from tensortier.cli import placing
 from tensortier.cli.common import is_verbose, note, set_verbose
 from tensortier.cli.deciding import warn
-from tensortier.cli.options import INT_MAX, RpcOption, device_list, gpu_layers, split_servers, tensor_split
-from tensortier.cli.placing import (
-    BatchOption,
-    CacheTypeKOption,
-    CacheTypeVOption,
-    ContextOption,
-    CpuMoeOption,
-    DeviceOption,
-    FlashOption,
-    GpuLayersOption,
-    LoadModeOption,
-    NCpuFfnOption,
-    NCpuMoeOption,
-    NoCalibrateOption,
-    NoKvOffloadOption,
-    NoOpOffloadOption,
-    NoRepackOption,
-    OverrideOption,
-    SplitOption,
-    ThreadsBatchOption,
-    ThreadsOption,
-    UbatchOption,
-    WorkloadOption,
-)
+from tensortier.cli.grouped import grouped
+from tensortier.cli.options import INT_MAX, RpcOption, split_servers
 from tensortier.cli.session import read_plan
-from tensortier.deciding import Manual, Measure, Undecided, Wish
+from tensortier.deciding import Measure, Wish
 from tensortier.errors import UsageError
 from tensortier.types import Hardware, Plan, Settings
 
@@ -55,6 +33,7 @@ _PARALLEL, _QUEUE, _SECONDS = 4, 64, 30.0  # those of server.limits.Settings, wh
 _MOST_PARALLEL = 256  # llama.cpp's limit
 
 
+@grouped
 def serve(
     model: Annotated[
         str | None,
@@ -162,20 +141,8 @@ def serve(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show llama.cpp's log on standard error.")
     ] = False,
-    # how the contexts are made and computed
-    workload: WorkloadOption = None,
-    no_calibrate: NoCalibrateOption = False,
-    context: ContextOption = None,
-    batch: BatchOption = None,
-    ubatch: UbatchOption = None,
-    cache_type_k: CacheTypeKOption = None,
-    cache_type_v: CacheTypeVOption = None,
-    flash_attention: FlashOption = placing.FLASH,
-    threads: ThreadsOption = _SETTINGS.threads,
-    threads_batch: ThreadsBatchOption = _SETTINGS.threads_batch,
-    load_mode: LoadModeOption = placing.LOAD_MODE,
-    no_repack: NoRepackOption = not _SETTINGS.repack,
-    no_op_offload: NoOpOffloadOption = not _SETTINGS.op_offload,
+    *,
+    computation: placing.Computation,
     vram: placing.VramOption = None,
     ram: placing.RamOption = None,
     rpc: RpcOption = None,
@@ -189,14 +156,7 @@ def serve(
             "moved; not together with other options of placement or computation.",
         ),
     ] = None,
-    n_gpu_layers: GpuLayersOption = None,
-    override_tensor: OverrideOption = None,
-    cpu_moe: CpuMoeOption = False,
-    n_cpu_moe: NCpuMoeOption = None,
-    n_cpu_ffn: NCpuFfnOption = None,
-    split: SplitOption = None,
-    device: DeviceOption = None,
-    no_kv_offload: NoKvOffloadOption = False,
+    place: placing.Place,
 ) -> None:
     """Serve models to OpenAI's clients, and a page to choose, place and chat with them.
 
@@ -207,41 +167,16 @@ def serve(
     from tensortier.catalogue import parse_bytes
 
     set_verbose(verbose or is_verbose())
-    settings, undecided = placing.settings_of(
-        context=context,
-        cache_type_k=cache_type_k,
-        cache_type_v=cache_type_v,
-        flash_attention=flash_attention,
-        threads=threads,
-        threads_batch=threads_batch,
-        load_mode=load_mode,
-        no_repack=no_repack,
-        no_op_offload=no_op_offload,
-        batch=batch,
-        ubatch=ubatch,
-    )
-    manual = Manual(
-        n_gpu_layers=gpu_layers(n_gpu_layers),
-        override_tensors=tuple(override_tensor or ()),
-        cpu_moe=cpu_moe,
-        n_cpu_moe=n_cpu_moe,
-        n_cpu_ffn=n_cpu_ffn,
-        tensor_split=tensor_split(split),
-        devices=device_list(device),
-        kv_on_device=not no_kv_offload,
-    )
+    settings, undecided = computation.settings()
+    manual = place.manual()
     servers = split_servers(rpc)
     given = None if plan is None else read_plan(plan)
     if given is not None:
-        stated = (settings, undecided, workload, no_calibrate, vram, ram)
-        if manual.given or servers or stated != (Settings(), Undecided(), None, False, None, None):
+        stated = computation.given or (vram, ram) != (None, None)
+        if manual.given or servers or stated:
             raise UsageError("--plan says the placement and the settings: give it alone, or with the model")
         model = given.model if model is None else model
-    asked = None
-    if workload is not None:
-        from tensortier import workloads
-
-        asked = workloads.parse(workload)
+    asked = computation.asked()
     wish = Wish(
         "",  # each model in turn
         settings,
@@ -249,7 +184,7 @@ def serve(
         manual,
         servers,
         asked,
-        Measure.NEVER if no_calibrate else Measure.IF_IT_DECIDES,
+        Measure.NEVER if computation.no_calibrate else Measure.IF_IT_DECIDES,
         placing.sizes(vram),
         None if ram is None else parse_bytes(ram),
     )
