@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         faults = self.state.faults
         data = bytearray(path.read_bytes())
         first = 0
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
         headers = {"ETag": f'"{hashlib.md5(data).hexdigest()}"', "Accept-Ranges": "bytes"}
         if faults["wrong_byte"] is not None:
             data[faults["wrong_byte"]] ^= 0xFF
@@ -178,7 +178,10 @@ class _Handler(BaseHTTPRequestHandler):
             if first >= len(data):
                 self._answer(416, {"Content-Length": "0", "Content-Range": f"bytes */{len(data)}"})
                 return
-            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+            whole = len(data)
+            if asked[2]:
+                del data[int(asked[2]) + 1 :]
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{whole}"
         self._answer(
             206 if first or headers.get("Content-Range") else 200,
             headers | {"Content-Length": str(len(data) - first)},

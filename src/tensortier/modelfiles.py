@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -58,6 +59,12 @@ class Unfinished:
 def models_dir() -> Path:
     """Where downloads go: ``owner/repo/`` below it, with the repository's own folders."""
     return paths.cache_dir() / "models"
+
+
+def room(folder: Path | None = None) -> int:
+    """Bytes that are free on the drive of ``folder`` (``models_dir()``), which need not exist yet. Raises OSError."""
+    wanted = folder or models_dir()
+    return shutil.disk_usage(next(p for p in (wanted, *wanted.parents) if p.exists())).free
 
 
 def target(folder: Path, name: str) -> Path:

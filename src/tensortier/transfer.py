@@ -11,7 +11,6 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import socket
 import threading
 import urllib.error
@@ -27,7 +26,17 @@ from tensortier import hub, web
 from tensortier.errors import Cancelled, DownloadError, RemoteError
 from tensortier.explain import readable_size
 from tensortier.hub import HubFile
-from tensortier.modelfiles import PART, RECORD, Record, locked, models_dir, read_record, target, write_record
+from tensortier.modelfiles import (
+    PART,
+    RECORD,
+    Record,
+    locked,
+    models_dir,
+    read_record,
+    room,
+    target,
+    write_record,
+)
 
 MARGIN = 32 << 20  # bytes of the drive that stay free
 RETRY_WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before another attempt while nothing arrives
@@ -120,8 +129,7 @@ class Download:
 
     def _check_room(self) -> None:
         wanted = self.missing()
-        place = next(p for p in (self.folder, *self.folder.parents) if p.exists())
-        free = shutil.disk_usage(place).free
+        free = room(self.folder)
         if wanted and wanted + MARGIN > free:
             raise DownloadError(
                 f"too little room on the drive: {readable_size(wanted)} are to be downloaded to {self.folder}, and "

@@ -141,6 +141,14 @@ def test_another_workload_is_another_curve(page: ServerProcess) -> None:
     assert code["steps"][-1]["tensors"]["decode"] != chat["steps"][-1]["tensors"]["decode"]
 
 
+def test_a_named_workload_is_made_to_fit_in_the_context(page: ServerProcess) -> None:
+    """The page always sends one, and offers contexts that are shorter."""
+    for name in ("chat", "agent", "long-document"):
+        curve = told(page, "/api/slider", {"model": "smollm2", "workload": name, "context": 2048})
+        load = curve["workload"]
+        assert load["depth"] + load["prompt"] + load["output"] == 2048 == curve["context"]
+
+
 # --- plans
 
 

@@ -92,6 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         *("placement", "pageable", "paging", "rates", "cost", "memory", "measuring", "budget", "optimizer"),
         *("candidates", "search", "reasons", "planner", "planfile", "planid", "levels", "gains", "explain"),
         *("export", "overrides", "deciding", "downloads", "hub", "engine", "tier", "calibrate", "system"),
+        "modelfiles",
     },
 }
 

@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -19,13 +20,15 @@ from sse_starlette import EventSourceResponse
 
 from tensortier import __version__, export, measuring, placement, planfile, workloads
 from tensortier.deciding import Wish
-from tensortier.errors import UsageError
+from tensortier.errors import DownloadError, ModelFileError, UsageError
 from tensortier.export import quoting
 from tensortier.library import LibraryModel
 from tensortier.server.host import ModelHost
 from tensortier.server.live import Live
 from tensortier.server.loading import Loaded
 from tensortier.server.plans import Busy, Choice, Plans
+from tensortier.server.problems import Problem
+from tensortier.server.threads import in_thread
 from tensortier.types import Hardware, Plan
 
 if TYPE_CHECKING:
@@ -49,6 +52,19 @@ class _Asked(BaseModel):
 
 class _PlanAsked(_Asked):
     budget: int | None = Field(None, ge=0, le=1 << 60)  # bytes; None: all that is free
+
+
+class _ForecastAsked(_Asked):
+    """``model``: a file of the repository ``repo``, as the hub calls it."""
+
+    repo: str = Field(max_length=200)
+    revision: str = Field("main", max_length=40, pattern="^(main|[0-9a-f]{40})$")
+
+
+class _UnloadAsked(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(max_length=500)
 
 
 class _LoadAsked(BaseModel):
@@ -151,6 +167,10 @@ def router(
         host.load(kept.name, kept.plan)
         return {"model": kept.name}
 
+    @api.post("/unload", status_code=202)
+    async def unload(asked: _UnloadAsked) -> Any:
+        return {"model": host.unload(asked.model)}
+
     @api.get("/events")
     async def events(request: Request) -> EventSourceResponse:
         def now() -> dict[str, Any]:
@@ -179,21 +199,55 @@ def router(
 
     if manager is not None:
         _add_downloads(api, manager)
+
+        @api.post("/forecast")
+        async def forecast(asked: _ForecastAsked) -> Response:
+            source = _hub_address(asked)
+            file = LibraryModel(asked.model, source, 0, "", "", "hub")
+            load = None if asked.workload is None else workloads.parse(asked.workload)
+            chosen = Choice(file, asked.context, asked.kv, load)
+            with _hub_problems():
+                return await _answered(plans.forecast(chosen, _plans_of(host)))
+
     return api
 
 
+def _hub_address(asked: _ForecastAsked) -> str:
+    """hf://... of what was asked about. Raises UsageError for what can be no file of the hub."""
+    from tensortier import hub, modelfiles
+
+    repo = hub.checked_repo(asked.repo)
+    try:
+        modelfiles.target(Path(), asked.model)
+    except DownloadError as exc:
+        raise UsageError(str(exc)) from exc
+    return f"hf://{repo}@{asked.revision}/{asked.model}"
+
+
+@contextlib.contextmanager
+def _hub_problems() -> Iterator[None]:
+    """What the hub or a file there is to blame for, as a status that says so."""
+    try:
+        yield
+    except ModelFileError as exc:
+        raise Problem(502, str(exc), code="hub") from exc
+
+
 def _add_downloads(api: APIRouter, manager: downloads.Manager) -> None:
-    from tensortier import hub
+    from tensortier import hub, modelfiles
 
     @api.get("/search")
     async def search(q: str) -> Any:
         if not q.strip() or len(q) > 200:
             raise UsageError("a search needs some words, and not more than 200 characters")
-        found = await asyncio.to_thread(hub.search, q, _FOUND)
+        with _hub_problems():
+            found = await in_thread(hub.search, q, _FOUND)
         return {
+            "room": modelfiles.room(),
             "models": [
                 {
                     "repo": model.repo,
+                    "revision": model.revision,
                     "downloads": model.downloads,
                     "likes": model.likes,
                     "gated": model.gated,
@@ -204,7 +258,7 @@ def _add_downloads(api: APIRouter, manager: downloads.Manager) -> None:
                     ],
                 }
                 for model in found
-            ]
+            ],
         }
 
     @api.post("/downloads", status_code=202)
@@ -251,9 +305,7 @@ class _Measurement:
 
         wish, machine = self._plans.wish, self._plans.machine
         try:
-            await asyncio.to_thread(
-                measuring.measured, machine, wish.settings, wish.rpc, self._said.append, progress
-            )
+            await in_thread(measuring.measured, machine, wish.settings, wish.rpc, self._said.append, progress)
         except Exception as exc:
             self._said.append(f"measuring failed: {exc}")
             raise

@@ -219,6 +219,31 @@ class ModelHost:
         self.served = found
         self._begin(found, plan)
 
+    def unload(self, model: str) -> str:
+        """Begin to free a model, whose answers under way have a few seconds to end, or end its loading; returns its
+        name. A request for it loads it again. Nothing where it is not loaded.
+
+        Raises:
+            ModelNotFound: no such name.
+        """
+        found = named(self._models, model)
+        if found is None:
+            raise ModelNotFound(f"the model {model[:100]!r} does not exist")
+        slot = self._slots.get(found.path)
+        if slot is not None:
+            slot.stop.set()
+            if slot.engine is not None:
+                self._leave(slot)
+                self._spawn(self._unload_now(slot))
+            elif slot.phase is Phase.FAILED:
+                del self._slots[found.path]
+                self._notify()
+        return found.name
+
+    async def _unload_now(self, slot: Slot) -> None:
+        async with self._switching:  # who is loaded next counts on its memory
+            await self._unload(slot, _PATIENCE_SECONDS)
+
     async def _acquire(self, model: LibraryModel) -> Slot:
         while True:
             slot = self._slots.get(model.path)

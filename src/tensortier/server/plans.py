@@ -20,12 +20,15 @@ from tensortier.budget import PROCESS
 from tensortier.deciding import Wish
 from tensortier.errors import LoadError, TensortierError, UsageError
 from tensortier.library import LibraryModel
-from tensortier.server import slider, tensormap
+from tensortier.server import forecast, slider, tensormap
 from tensortier.server.slider import Base, Curve, Side
+from tensortier.server.threads import in_thread
 from tensortier.types import DeviceMemory, Estimate, Hardware, ModelInfo, Plan, Workload
 
 _CURVES = 16  # that are kept
 _PLANS = 64
+_HEADERS = 32
+_READING = 2  # headers that are fetched from the hub at a time
 _WAITING = 16  # questions, beyond which new ones are refused
 
 T = TypeVar("T")
@@ -72,6 +75,8 @@ class Plans:
         self._probe: memory.Probe | None = None
         self._curves: OrderedDict[tuple[object, ...], tuple[Base, bytes]] = OrderedDict()
         self._plans: OrderedDict[str, Kept] = OrderedDict()
+        self._headers: OrderedDict[str, ModelInfo] = OrderedDict()  # of files of the hub
+        self._reading = asyncio.Semaphore(_READING)
         self._ids: deque[tuple[Plan, str]] = deque(maxlen=16)  # of plans that others hold
 
     async def curve(self, choice: Choice, loaded: Sequence[Plan] = ()) -> bytes:
@@ -84,6 +89,20 @@ class Plans:
         """JSON of the plan for a position of the slider; None: the best with all that is free. Raises as
         ``slider.plan_at``; Busy."""
         return await self._call(functools.partial(self._plan, choice, budget, loaded))
+
+    async def forecast(self, choice: Choice, loaded: Sequence[Plan] = ()) -> bytes:
+        """JSON of what a file of the hub would do here; the path of ``choice.model`` is its hf:// address. Of the file
+        no more than its header is read. Raises as ``forecast.forecast``; ModelFileError where there is no such file or
+        it is no model; Busy."""
+        source = choice.model.path
+        async with self._reading:
+            if source not in self._headers:
+                self._headers[source] = await in_thread(gguf.read, source)
+        self._headers.move_to_end(source)
+        model = self._headers[source]
+        while len(self._headers) > _HEADERS:
+            self._headers.popitem(last=False)
+        return await self._call(functools.partial(self._forecast, choice, model, loaded))
 
     def kept(self, id: str) -> Kept:
         """Raises UsageError for a plan that was not made here, or so long ago that it was forgotten."""
@@ -159,6 +178,21 @@ class Plans:
                 self._curves.popitem(last=False)
         self._curves.move_to_end(key)
         return self._curves[key]
+
+    def _forecast(self, choice: Choice, model: ModelInfo, loaded: Sequence[Plan]) -> bytes:
+        wish, machine = _wished(self.wish, choice), without(self.machine, loaded)
+        rates = measuring.kept(self.machine, wish.settings, _log.warning)
+        found = forecast.forecast(wish, model, machine, rates)
+        told = {
+            "fits": not found.drive_bytes,
+            "drive": found.drive_bytes,
+            "memory": _rows_json(found.plan.memory),
+            "estimate": None if found.plan.estimate is None else _estimate_json(found.plan.estimate),
+            "context": formulas.context_of(model, found.plan.settings),
+            "reasons": found.plan.reasons,
+            "warnings": found.plan.warnings,
+        }
+        return json.dumps(told, separators=(",", ":")).encode()
 
     def _plan(self, choice: Choice, budget: int | None, loaded: Sequence[Plan]) -> bytes:
         base, _ = self._curve(choice, loaded)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from tensortier import deciding, memory, paging, planid, planner
+from tensortier import deciding, formulas, memory, paging, planid, planner, workloads
 from tensortier.budget import Budget, budget_of
 from tensortier.deciding import Wish
 from tensortier.errors import UsageError
@@ -103,10 +103,22 @@ def base(wish: Wish, machine: Hardware, rates: Rates | None, answers: memory.Ans
     from tensortier import gguf
 
     model = gguf.read(wish.model)
-    load = deciding.settle(wish, model)
+    load = workload_of(wish, model)
     machine = deciding.within_budget(machine, wish.vram, wish.ram)
     plan = deciding.placed(wish, model, machine, load, rates, answers)
     return Base(wish, model, machine, load, rates, _identified(plan, model, machine))
+
+
+def workload_of(wish: Wish, model: ModelInfo) -> Workload:
+    """As ``deciding.settle``, but a workload with a name is shortened to the context: the page always sends one, and
+    the context is what was chosen. Raises UsageError."""
+    asked = wish.workload
+    if asked is not None and asked.name in workloads.NAMED:
+        context = formulas.context_of(model, wish.settings)
+        if wish.undecided.context:
+            context = model.context_length or workloads.LONGEST
+        wish = dataclasses.replace(wish, workload=workloads.fitted(asked, context))
+    return deciding.settle(wish, model)
 
 
 def plan_at(found: Base, budget: int, answers: memory.Answers) -> Plan:
