@@ -35,12 +35,12 @@ template <typename Function> Function inner_function(const char * name) {
 } // namespace
 
 void Computer::start() {
-    if (inner_) {
+    if (graph_) {
         return;
     }
-    inner_ = api().ggml_backend_dev_init(inner_device(), nullptr);
+    inner_ = inner_ ? inner_ : api().ggml_backend_dev_init(inner_device(), nullptr);
     const size_t bytes = api().ggml_graph_overhead_custom(GRAPH_NODES, false) + api().ggml_tensor_overhead();
-    context_ = api().ggml_init({bytes, nullptr, true});
+    context_ = context_ ? context_ : api().ggml_init({bytes, nullptr, true});
     if (!inner_ || !context_) {
         throw std::bad_alloc();
     }

@@ -64,7 +64,9 @@ void get_tensor(Buffer * buffer, const Tensor * tensor, void * data, size_t offs
     Store & store = paged_buffer(buffer).store();
     const std::lock_guard<std::mutex> lock(store.mutex);
     try {
-        store.read_weight(*static_cast<const Weight *>(tensor->extra), offset, size, data);
+        const Tensor * origin = tensor->view_src ? tensor->view_src : tensor;
+        const size_t at = offset + (tensor->view_src ? tensor->view_offs : 0);
+        store.read_weight(*static_cast<const Weight *>(origin->extra), at, size, data);
     } catch (const std::exception & error) {
         std::memset(data, 0, size);
         store.failed(error.what());

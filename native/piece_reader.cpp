@@ -63,8 +63,15 @@ int64_t read_at(int64_t handle, const Piece & piece) {
 class ThreadReader : public PieceReader {
 public:
     ThreadReader(std::vector<int64_t> handles, int threads) : handles_(std::move(handles)) {
-        for (int i = 0; i < threads; ++i) {
-            threads_.emplace_back([this] { work(); });
+        threads_.reserve(static_cast<size_t>(threads));
+        try {
+            while (threads_.size() < static_cast<size_t>(threads)) {
+                threads_.emplace_back([this] { work(); });
+            }
+        } catch (const std::exception & error) {
+            if (threads_.empty()) { // with fewer than were wanted it goes on
+                throw ReadError(std::string("no thread can be started to read: ") + error.what());
+            }
         }
     }
     ~ThreadReader() override {
@@ -167,7 +174,7 @@ public:
         cq_mask_ = *field(completions_, params.cq_off.ring_mask);
         cqes_ = reinterpret_cast<const io_uring_cqe *>(completions_ + params.cq_off.cqes);
         sqes_ = reinterpret_cast<io_uring_sqe *>(entries_);
-        return true;
+        return enter(0, 0); // some sandboxes allow a ring, but not its use
     }
 
     // The reader never has more pieces under way than the ring has entries, so there is always a free one.
@@ -215,8 +222,9 @@ private:
     }
 
     // Hands over what was queued, and waits for `least` completions for about `milliseconds` at most. What
-    // the kernel does not take now (it has no memory for the moment) is handed over the next time.
-    void enter(unsigned least, int milliseconds) {
+    // the kernel does not take now (it has no memory for the moment) is handed over the next time; false
+    // then.
+    bool enter(unsigned least, int milliseconds) {
         __kernel_timespec limit{};
         limit.tv_sec = milliseconds / 1000;
         limit.tv_nsec = static_cast<long long>(milliseconds % 1000) * 1000000;
@@ -228,6 +236,7 @@ private:
         if (taken > 0) {
             to_submit_ -= static_cast<unsigned>(taken);
         }
+        return taken >= 0;
     }
     bool take(std::vector<Piece *> & ended) {
         unsigned head = *cq_head_; // only we write it

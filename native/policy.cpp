@@ -249,12 +249,17 @@ size_t Policy::oldest(int group) const {
 
 } // namespace tt
 
-int64_t tt_policy_replay(const tt_policy * policy, const int32_t * trace, size_t length, uint64_t * hits,
-                         uint64_t * uses, char * error, size_t error_size) {
+namespace {
+
+int64_t replay(const tt_policy * policy, const int32_t * trace, size_t length, uint64_t * hits,
+               uint64_t * uses, char * error, size_t error_size) {
     const auto fail = [&](const std::string & text) {
         std::snprintf(error, error_size, "%s", text.c_str());
         return int64_t{-1};
     };
+    if (policy->groups < 1 || policy->experts < 1) {
+        return fail("a policy needs groups and experts");
+    }
     tt::PolicyOptions options;
     options.kind = static_cast<tt::PolicyKind>(policy->kind);
     options.groups = policy->groups;
@@ -301,4 +306,16 @@ int64_t tt_policy_replay(const tt_policy * policy, const int32_t * trace, size_t
         hits[group] += distinct.size() - misses.size();
     }
     return passes;
+}
+
+} // namespace
+
+int64_t tt_policy_replay(const tt_policy * policy, const int32_t * trace, size_t length, uint64_t * hits,
+                         uint64_t * uses, char * error, size_t error_size) {
+    try {
+        return replay(policy, trace, length, hits, uses, error, error_size);
+    } catch (const std::exception &) { // no memory for so many experts: nothing may be thrown through C
+        std::snprintf(error, error_size, "there is not enough memory to replay the trace");
+        return -1;
+    }
 }

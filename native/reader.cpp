@@ -30,8 +30,8 @@ std::string reason(int64_t error) {
 }
 
 #if defined(__linux__) && defined(O_DIRECT)
-// The granularity of direct reads, in the file and in memory. Asked of the kernel through its raw interface,
-// because older C libraries do not declare the two fields.
+// The granularity of direct reads, in the file and in memory; 0 where there are none such as we make. Asked
+// of the kernel through its raw interface, because older C libraries do not declare the two fields.
 uint64_t direct_sector(int descriptor) {
 #if defined(SYS_statx)
     constexpr unsigned DIO_ALIGNMENT = 0x2000; // STATX_DIOALIGN
@@ -46,20 +46,26 @@ uint64_t direct_sector(int descriptor) {
     static_assert(offsetof(decltype(answer), memory_alignment) == 0x98, "as in linux/stat.h");
     static_assert(sizeof(answer) == 256, "as in linux/stat.h");
     if (syscall(SYS_statx, descriptor, "", EMPTY_PATH, DIO_ALIGNMENT, &answer) == 0 &&
-        (answer.mask & DIO_ALIGNMENT) && answer.offset_alignment != 0) {
+        (answer.mask & DIO_ALIGNMENT)) {
         const uint64_t sector = std::max(answer.offset_alignment, answer.memory_alignment);
-        if (sector <= Reader::SECTOR_MAX && (sector & (sector - 1)) == 0) {
-            return sector;
-        }
+        const bool power_of_two = (sector & (sector - 1)) == 0;
+        return answer.offset_alignment != 0 && power_of_two && sector <= Reader::SECTOR_MAX ? sector : 0;
     }
 #endif
     return Reader::SECTOR_MAX;
+}
+
+// Some file systems open a file for direct reads and then refuse each of them.
+bool reads_directly(int descriptor) {
+    alignas(Reader::SECTOR_MAX) char memory[Reader::SECTOR_MAX];
+    return pread(descriptor, memory, sizeof(memory), 0) >= 0 || (errno != EINVAL && errno != EOPNOTSUPP);
 }
 #endif
 
 } // namespace
 
 Reader::Reader(ReaderOptions options) : options_(std::move(options)) {
+    options_.piece = std::min(options_.piece, PIECE_MAX);
     try {
         std::vector<int64_t> handles;
         for (size_t i = 0; i < options_.files.size(); ++i) {
@@ -140,7 +146,12 @@ Reader::File Reader::open_file(const std::string & path) {
     int descriptor = -1;
 #if defined(__linux__) && defined(O_DIRECT)
     descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
-    file.direct = descriptor >= 0;
+    file.sector = descriptor >= 0 ? direct_sector(descriptor) : 0;
+    file.direct = file.sector > 0 && reads_directly(descriptor);
+    if (descriptor >= 0 && !file.direct) {
+        close(descriptor);
+        descriptor = -1;
+    }
 #endif
     if (descriptor < 0) { // a file system without direct reads, such as an older tmpfs; stats say so
         descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
@@ -150,7 +161,7 @@ Reader::File Reader::open_file(const std::string & path) {
     }
     file.handle = descriptor;
 #if defined(__linux__) && defined(O_DIRECT)
-    file.sector = file.direct ? direct_sector(descriptor) : 1;
+    file.sector = file.direct ? file.sector : 1;
 #elif defined(__APPLE__)
     file.direct = fcntl(descriptor, F_NOCACHE, 1) == 0;
     file.sector = file.direct ? SECTOR_MAX : 1;
@@ -342,7 +353,8 @@ void Reader::ended(Piece * piece) {
     Active & active = active_[piece->request];
     const File & file = files_[static_cast<size_t>(piece->fd_index)];
     const int64_t got = piece->result;
-    if (got == -EINTR || got == -EAGAIN) {
+    // the last: the thread that asked has ended, and its reads with it
+    if (got == -EINTR || got == -EAGAIN || got == -ECANCELED) {
         waiting_.push_front(piece);
         return;
     }

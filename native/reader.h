@@ -75,6 +75,7 @@ class Reader {
 public:
     static constexpr uint64_t SECTOR_MAX = 4096;
     static constexpr uint64_t CACHE_LINE = 64;
+    static constexpr uint64_t PIECE_MAX = 1u << 30; // every system takes so much at a time
 
     // Opens the files. ReadError where one is not there, or has another size than its header was read with.
     explicit Reader(ReaderOptions options);

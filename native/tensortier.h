@@ -189,7 +189,7 @@ TT_API int64_t tt_tier_warm(void * tier, const int32_t * pairs, int64_t count, c
                             size_t error_size);
 
 // The experts that stay now, in the order that tt_tier_warm takes: writes up to `capacity` pairs and returns
-// how many there are.
+// how many there are, or 0 where there is no memory to list them.
 TT_API int64_t tt_tier_residents(void * tier, int32_t * pairs, int64_t capacity);
 
 // How many experts would stay of each group (for policy 1: of all groups, once), were this opened on a drive

@@ -87,12 +87,16 @@ int64_t tt_tier_residents(void * tier, int32_t * pairs, int64_t capacity) {
     if (!store.experts()) {
         return 0;
     }
-    const auto residents = store.experts()->residents();
-    for (size_t i = 0; i < residents.size() && static_cast<int64_t>(i) < capacity; ++i) {
-        pairs[2 * i] = residents[i].first;
-        pairs[2 * i + 1] = residents[i].second;
+    try {
+        const auto residents = store.experts()->residents();
+        for (size_t i = 0; i < residents.size() && static_cast<int64_t>(i) < capacity; ++i) {
+            pairs[2 * i] = residents[i].first;
+            pairs[2 * i + 1] = residents[i].second;
+        }
+        return static_cast<int64_t>(residents.size());
+    } catch (const std::bad_alloc &) {
+        return 0; // a warm start is worth no error
     }
-    return static_cast<int64_t>(residents.size());
 }
 
 int32_t tt_tier_capacities(const tt_tier_config * config, uint64_t sector, int32_t * capacities, int32_t size,

@@ -27,6 +27,7 @@ _NUMBERS = 11  # of the header ahead of the layers
 _WORDS = 4  # of them that identify the model
 _BYTES = 4
 _MOST = 2**31 - 1
+_MOST_EXPERTS = 1 << 16  # of a layer; the largest models have hundreds
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,7 @@ def read(path: str | Path) -> Trace:
             records = np.fromfile(file, dtype="<i4", count=count)
     except OSError as exc:
         raise UsageError(f"cannot read the trace {path}: {exc.strerror}") from exc
-    if not 0 < used <= experts or not groups or len(layers) != groups:
+    if not 0 < used <= experts <= _MOST_EXPERTS or not groups or len(layers) != groups:
         raise UsageError(f"{path} is damaged: its header makes no sense")
     if _check(records, groups, experts, str(path)) != tokens or tokens == 0:
         raise UsageError(f"{path} is damaged: its header speaks of {tokens} tokens")

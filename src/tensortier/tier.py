@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +105,8 @@ class PagedWeights:
         if plan.tier is None:
             raise PlanError(f'overrides send weights to {DEVICE}, but the plan has no section "tier"')
         self._handle: int | None = None
+        self._using = threading.Lock()  # of the handle: it is not closed while another thread asks something
+        self._last: TierStats | None = None  # once it is closed
         self._warm_experts = 0
         self._library = tier_library()
         settings = plan.tier
@@ -124,6 +128,7 @@ class PagedWeights:
         rows, self._groups, experts = _native_rows(tensors)
         self.shape = (len(self._groups), experts)  # of the routing: layers with experts, experts of each
         self._model = model
+        self._reader = settings.reader
         self._warm_start = settings.warm_start
         self._open(self._config(settings, rows))
 
@@ -169,6 +174,8 @@ class PagedWeights:
         numbers = [layer for layer, _ in self._groups]
         if missing := set(numbers) - set(trace.layers):
             raise UsageError(f"{profile} has no experts of layer {min(missing)}")
+        if trace.experts != self.shape[1]:
+            raise UsageError(f"{profile} is of layers with {trace.experts} experts, not {self.shape[1]}")
         counts = frequencies(trace.records, *trace.shape)
         return counts[[trace.layers.index(number) for number in numbers]]
 
@@ -205,11 +212,31 @@ class PagedWeights:
     def take_error(self) -> str:
         """Why a computation failed since the last call; empty where none has."""
         error = ctypes.create_string_buffer(1024)
-        self._library.tt_tier_error(self._open_handle(), error, len(error))
+        with self._using:
+            self._library.tt_tier_error(self._open_handle(), error, len(error))
         return error.value.decode(errors="replace")
 
+    def warnings(self) -> tuple[str, ...]:
+        """What this system does not allow, and what that means: one line each."""
+        stats = self.stats()
+        lines = []
+        if stats.reader == "threads" and self._reader == "auto" and sys.platform == "linux":
+            lines.append("this system does not allow io_uring: weights are read by threads")
+        if not stats.direct:
+            lines.append(
+                f"the file system of {self._model.path} does not allow direct reads: weights are read through the "
+                "system's cache of files, which takes memory beside the budget"
+            )
+        return tuple(lines)
+
     def stats(self) -> TierStats:
-        """Since the model was loaded."""
+        """Since the model was loaded, until it was closed. Any thread may ask."""
+        with self._using:
+            if self._handle is None and self._last is not None:
+                return self._last
+            return self._stats()
+
+    def _stats(self) -> TierStats:
         raw = TierCounts()
         rows = (GroupCounts * max(len(self._groups), 1))()
         self._library.tt_tier_stats_get(self._open_handle(), ctypes.byref(raw))
@@ -278,8 +305,11 @@ class PagedWeights:
 
     def close(self) -> None:
         """Closes the files and frees the memory, once the model is freed too. Closing twice is fine."""
-        if self._handle is not None:
-            if self._warm_start and any(layer.uses for layer in self.stats().layers):
+        with self._using:
+            if self._handle is None:
+                return
+            self._last = self._stats()
+            if self._warm_start and any(layer.uses for layer in self._last.layers):
                 warmstart.write(self._model, self.shape, self.residents())
             self._library.tt_tier_close(self._handle)
             self._handle = None

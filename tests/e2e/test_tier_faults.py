@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tensortier import gguf, memory
+from tensortier import gguf, memory, routing
 from tensortier.engine import Engine
-from tensortier.errors import Cancelled, GenerationError, LoadError, PlanError
+from tensortier.errors import Cancelled, GenerationError, LoadError, PlanError, UsageError
 from tensortier.tier import PagedWeights
 from tensortier.types import Override, Placement, Plan, Sampling, Tier
 from tests import tier_runs as runs
@@ -163,6 +163,16 @@ def test_plans_that_make_no_sense(small_path: Path) -> None:
     ):
         with pytest.raises(PlanError, match=told):
             Engine(wrong)
+
+
+def test_a_profile_of_fewer_experts(small_path: Path, tmp_path: Path) -> None:
+    """A trace that says it is of this model, but of which the choices do not cover all experts."""
+    records = tmp_path / "records"
+    np.array([number for layer in range(3) for number in (layer, 1, 1, 0)], "<i4").tofile(records)
+    routing.publish(records, tmp_path / "t", gguf.read(small_path), (0, 1, 2), 2, 1)
+    plan = least_plan(small_path, policy="static", profile=str(tmp_path / "t"))
+    with pytest.raises(UsageError, match="is of layers with 2 experts, not 8"):
+        Engine(plan)
 
 
 def test_a_file_changed_between_header_and_load(copied: Path) -> None:

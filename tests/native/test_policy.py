@@ -194,6 +194,25 @@ def test_traces_that_are_none(numbers: list[int], told: str, tmp_path: Path) -> 
         replay(np.array(numbers, np.int32), "lru", [4, 4], (2, 8))
 
 
+def test_more_experts_than_there_is_memory_for() -> None:
+    with pytest.raises(UsageError, match="not enough memory to replay"):
+        replay(as_trace([(0, [1])]), "lru", [0] * 4096, (4096, 2**31 - 1))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0), (-1, 8)])
+def test_shapes_that_are_none(shape: tuple[int, int]) -> None:
+    """The native side sees them as the caller gave them."""
+    import ctypes
+
+    from tensortier._llama.tierlib import PolicySetup, tier_library
+
+    numbers, counts = (ctypes.c_int32 * 8)(), (ctypes.c_uint64 * 8)()
+    error = ctypes.create_string_buffer(200)
+    setup = PolicySetup(0, *shape, numbers, None)
+    assert tier_library().tt_policy_replay(ctypes.byref(setup), numbers, 0, counts, counts, error, 200) == -1
+    assert b"needs groups and experts" in error.value
+
+
 def test_trace_files_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "x.trace"
     path.write_bytes(b"\x01\x00\x00\x00\x02")

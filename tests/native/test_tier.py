@@ -116,6 +116,40 @@ def test_it_goes_on_after_errors(reader: str, path: Path, expected: runs.Floats)
         assert np.array_equal(runs.generate(model, ctx, steps=4), expected)
 
 
+@pytest.mark.parametrize("why", [errno.EINTR, errno.EAGAIN, errno.ECANCELED])
+@pytest.mark.parametrize("reader", ["auto", "threads"])
+def test_what_only_has_to_be_asked_again(reader: str, why: int, path: Path, expected: runs.Floats) -> None:
+    """Interrupted, no memory for the moment, or given up because the thread that asked has ended."""
+    least, _ = runs.expert_bytes(path)
+    plan = runs.tier_plan(path, PATTERN, expert_bytes=least, dense_bytes=200 << 10, reader=reader)
+    with runs.tiered(plan) as (model, ctx, paged):
+        paged.inject_fault(-why, after=3, count=40)
+        assert np.array_equal(runs.generate(model, ctx, steps=4), expected)
+        assert paged.take_error() == ""
+
+
+def test_reads_of_a_thread_that_has_ended(path: Path, expected: runs.Floats) -> None:
+    """What it asked for is still on its way when another goes on: the ring of dense weights, and guesses."""
+    least, everything = runs.expert_bytes(path)
+    plan = runs.tier_plan(
+        path, PATTERN, expert_bytes=(least + everything) // 2, dense_bytes=200 << 10, guesses=4
+    )
+    with runs.tiered(plan) as (model, ctx, _paged):
+        rows: list[runs.Floats] = []
+
+        def step(tokens: list[int], position: int) -> None:
+            rows.append(runs.logits(model, ctx, tokens, position))
+
+        position, tokens = 0, list(runs.PROMPT)
+        for _ in range(5):
+            thread = threading.Thread(target=step, args=(tokens, position))
+            thread.start()
+            thread.join()
+            position += len(tokens)
+            tokens = [int(rows[-1][-1].argmax())]
+        assert np.array_equal(np.concatenate(rows), expected)
+
+
 def test_two_threads_with_a_context_each(path: Path, expected: runs.Floats) -> None:
     least, _ = runs.expert_bytes(path)
     results: list[object] = [None, None]
@@ -149,6 +183,32 @@ def test_closed_before_the_model_is(path: Path, expected: runs.Floats) -> None:
         assert np.array_equal(runs.generate(model, ctx, steps=4), expected)
 
 
+def test_statistics_while_it_is_closed(path: Path) -> None:
+    """A server asks for them at any time; afterwards they are those of the end."""
+    least, _ = runs.expert_bytes(path)
+    for _ in range(20):
+        paged = PagedWeights(runs.tier_plan(path, expert_bytes=least))
+        begun, found = threading.Event(), []
+
+        def ask(
+            paged: PagedWeights = paged, begun: threading.Event = begun, found: list[int] = found
+        ) -> None:
+            for _ in range(300):
+                found.append(paged.stats().memory_bytes)
+                begun.set()
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        begun.wait(10)
+        paged.close()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 900
+        assert len(set(found)) == 1
+        assert found[0] > 0
+
+
 def test_opened_and_not_used(path: Path) -> None:
     least, _ = runs.expert_bytes(path)
     paged = PagedWeights(runs.tier_plan(path, expert_bytes=least))
@@ -173,6 +233,15 @@ def test_a_weight_can_be_looked_at(path: Path) -> None:
         ctypes.c_size_t,
         ctypes.c_size_t,
     )
+
+    class InitParams(ctypes.Structure):
+        _fields_ = (("size", ctypes.c_size_t), ("memory", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+    init = ggml_function("ggml_init", ctypes.c_void_p, InitParams)
+    free = ggml_function("ggml_free", None, ctypes.c_void_p)
+    view_1d = ggml_function(
+        "ggml_view_1d", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
+    )
     tensors = {t.name: t.data for t in oracle.GGUFReader(path).tensors}
     seen: list[int] = []
 
@@ -194,6 +263,12 @@ def test_a_weight_can_be_looked_at(path: Path) -> None:
         buffer = ctypes.create_string_buffer(1000)
         get(seen[0], buffer, 777, 1000)
         assert buffer.raw == expected[777:1777]
+        # and of a part of it: a view has no bytes of its own
+        scratch = init(InitParams(1 << 16, None, True))
+        view = view_1d(scratch, seen[0], 32 * 64, 1800)
+        get(view, buffer, 36, 1000)
+        assert buffer.raw == expected[1836:2836]
+        free(scratch)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -186,6 +186,8 @@ def _load(plan: Plan, worker: EngineThread, request: Request) -> Engine:
     if cancel.is_set():  # too late for the engine to see
         worker.call(engine.close, lambda: None)
         raise Cancelled("loading was cancelled")
+    for line in () if engine.paged is None else engine.paged.warnings():
+        note(f"tensortier: warning: {line}")
     return engine
 
 

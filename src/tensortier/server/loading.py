@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -80,7 +81,10 @@ def make_engine(
 ) -> Engine:
     from tensortier.engine import Engine
 
-    return Engine(plan, progress=progress, cancel=cancel, verbose=verbose)
+    engine = Engine(plan, progress=progress, cancel=cancel, verbose=verbose)
+    for line in () if engine.paged is None else engine.paged.warnings():
+        logging.getLogger("tensortier.server").warning("%s", line)
+    return engine
 
 
 class Slot:
