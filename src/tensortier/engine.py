@@ -7,6 +7,7 @@ import random
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from tensortier.toolcalls import Parser
 
 __all__ = ["Activity", "DeviceReport", "Embedding", "Engine", "Request"]
+
+
+_LONG = 8  # characters per token, more than texts have
+_EMBEDDED_AHEAD = 2  # texts of one call that are computed or wait, per sequence
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Engine:
 
         self.plan = plan
         self._closed = False
-        self._using = threading.RLock()  # held while a caller's thread uses the model: it is not freed then
+        self._using = _Users()
         log.set_verbose(verbose)
         devices.load_modules(plan.rpc)
         started = time.perf_counter()
@@ -198,7 +203,7 @@ class Engine:
             sampling = replace(sampling, grammar=prompt.grammar)
         sampling = replace(sampling, stop=(*sampling.stop, *prompt.stops))
         with self._open() as loaded:
-            tokens = loaded.tokenize(prompt.text, add_special=False, parse_special=True)
+            tokens = _read(loaded, prompt.text, add_special=False)
             return self._start(loaded, tokens, sampling, prompt.parser)
 
     def complete(self, prompt: str | Sequence[int], sampling: Sampling = Sampling()) -> Request:  # noqa: B008
@@ -213,7 +218,8 @@ class Engine:
         started: Callable[[Sequence[Request]], None] | None = None,
     ) -> list[Embedding]:
         """The vector of each text, pooled as the model says, else the mean over its tokens. Blocks. ``started`` is
-        called with the requests that compute them, so that they can be cancelled.
+        called with the requests that compute them, as they begin, so that they can be cancelled. Only a few wait at a
+        time: others who come meanwhile have their turn before the last text.
 
         Raises:
             UsageError: an input is empty, or this model makes no embeddings.
@@ -222,15 +228,18 @@ class Engine:
         """
         with self._open() as loaded:
             tasks = [self._embedding_task(loaded, text) for text in inputs]
-        requests = []
+        under_way: deque[Request] = deque()
+        most = _EMBEDDED_AHEAD * self.plan.settings.n_seq_max
         for task in tasks:
+            if len(under_way) == most:
+                _finish(under_way.popleft())
             self._scheduler.submit(task)
-            requests.append(Request(self._scheduler, task))
-        if started is not None:
-            started(requests)
-        for request in requests:
-            for _ in request:
-                pass
+            request = Request(self._scheduler, task)
+            under_way.append(request)
+            if started is not None:
+                started([request])
+        for request in under_way:
+            _finish(request)
         return [task.result() for task in tasks]
 
     def cancel(self) -> None:
@@ -296,7 +305,7 @@ class Engine:
     @contextmanager
     def _open(self) -> Iterator[Loaded]:
         """The model, which stays while this lasts. Raises GenerationError when it is gone."""
-        with self._using:
+        with self._using.one():
             if self._closed or self._loaded.model is None:
                 raise GenerationError("the engine is closed")
             yield self._loaded
@@ -323,19 +332,66 @@ class Engine:
         self.close()
 
 
-def _free(using: threading.RLock, loaded: Loaded, paged: PagedWeights | None, parameters: Parameters) -> None:
+class _Users:
+    """Callers' threads that use the model: any number at a time, and it is not freed then."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._count = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        with self._change:
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._count -= 1
+                self._change.notify_all()
+
+    @contextmanager
+    def none(self) -> Iterator[None]:
+        """Waits until there is none, and keeps others waiting."""
+        with self._change:
+            self._change.wait_for(lambda: self._count == 0)
+            yield
+
+
+def _free(using: _Users, loaded: Loaded, paged: PagedWeights | None, parameters: Parameters) -> None:
     """``parameters``: llama.cpp reads its abort flag to the last."""
-    with using:
+    with using.none():
         loaded.close()
     if paged:
         paged.close()
     del parameters
 
 
+def _finish(request: Request) -> None:
+    for _ in request:
+        pass
+
+
+def _read(loaded: Loaded, text: str, *, add_special: bool) -> list[int]:
+    """The tokens of a prompt, in which the names of control tokens mean those. ContextFull where the beginning of a
+    long text is too much already: reading all of it could take minutes (with many control tokens the time grows with
+    the square of the length)."""
+    length = _LONG * loaded.n_ctx
+    while length < len(text):
+        found = len(loaded.tokenize(text[:length], add_special=add_special, parse_special=True))
+        if found > 1.1 * loaded.n_ctx + 64:  # the end of a text may change what comes before it, a little
+            raise ContextFull(
+                f"the prompt is longer than the context of {loaded.n_ctx} tokens; "
+                "raise --context or shorten the prompt"
+            )
+        length *= _LONG
+    return loaded.tokenize(text, add_special=add_special, parse_special=True)
+
+
 def _tokens(loaded: Loaded, prompt: str | Sequence[int]) -> list[int]:
     """Those of a prompt that is no conversation: with the beginning that the model wants. UsageError."""
     if isinstance(prompt, str):
-        tokens = loaded.tokenize(prompt, add_special=True, parse_special=True)
+        tokens = _read(loaded, prompt, add_special=True)
     else:
         tokens = list(prompt)
         if any(not isinstance(t, int) or not 0 <= t < loaded.n_vocab for t in tokens):

@@ -69,6 +69,7 @@ class Scheduler:
         self._calls: deque[Callable[[], None]] = deque()
         self._arrivals = 0
         self._computing: tuple[Task, ...] = ()
+        self._lost = False  # others have lost the latest batch to somebody who went
         self._closing = False
         self._prompt_total = 0
         self._completion_total = 0
@@ -141,15 +142,15 @@ class Scheduler:
 
     def _interrupt(self) -> None:
         """Has llama.cpp give up the batch under way where that is worth it: nobody wants it any more, or it holds
-        the prompt of somebody who has gone. What others lose of it is computed again; a recurrent state cannot be,
-        short of its beginning, so there the others' wish goes first."""
+        the prompt of somebody who has gone. What others lose of it is computed again, and not taken from them a
+        second time, or a few clients that come and go would stop everybody. A recurrent state cannot be computed
+        again short of its beginning, so there the others' wish goes first."""
         tasks = self._computing
         if not tasks:
             return
         gone = [task for task in tasks if task.cancelled]
-        long = any(_pending(task) > 1 for task in gone) and not (
-            self._loaded.recurrent or self._loaded.hybrid
-        )
+        dear = self._lost or self._loaded.recurrent or self._loaded.hybrid
+        long = any(_pending(task) > 1 for task in gone) and not dear
         if self._closing or len(gone) == len(tasks) or long:
             self._abort(True)
 
@@ -317,6 +318,7 @@ class Scheduler:
         with self._lock:
             self._computing = ()
             self._abort(False)
+            self._lost = outcome is Outcome.ABORTED and not all(task.cancelled for task, _ in parts)
         if outcome is Outcome.DONE:
             for i, (task, n) in enumerate(parts):
                 if isinstance(task, EmbeddingTask):

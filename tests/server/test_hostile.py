@@ -102,6 +102,8 @@ def test_what_is_not_a_json_object(server: ServerProcess, body: bytes) -> None:
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {"1": "a"}}, "logit_bias.1"),
+        ({"logit_bias": {"\u0661": 1}}, "logit_bias"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": "json"}, "response_format"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
@@ -115,6 +117,44 @@ def test_what_is_not_a_json_object(server: ServerProcess, body: bytes) -> None:
 )
 def test_wrong_fields_are_named(server: ServerProcess, change: dict[str, Any], param: str) -> None:
     assert refused(post(server, CHAT | change), 400)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "start", "member", "end", "param"),
+    [
+        ("/v1/completions", '"prompt": [', '1,"a",', "1]", "prompt[1]"),
+        ("/v1/completions", '"prompt": [', '"a",1,', "1]", "prompt[1]"),
+        ("/v1/embeddings", '"input": [', "[{}],", "[{}]]", "input[0][0]"),
+        ("/v1/chat/completions", '"messages": [', "1,", "1]", "messages[0]"),
+        (
+            "/v1/chat/completions",
+            '"messages": [{"role": "user", "content": [',
+            "1,",
+            "1]}]",
+            "messages[0].content",
+        ),
+        ("/v1/chat/completions", '"messages": [{"role": "user", "content": "x"}]', ', "a": 1', "", "a"),
+    ],
+)
+def test_the_first_wrong_member_is_enough(
+    server: ServerProcess, path: str, start: str, member: str, end: str, param: str
+) -> None:
+    """Of a million. Listing them all took a gigabyte and a quarter of a minute, in which nobody else was served."""
+    body = '{"model": "smollm2", ' + start + member * (7_000_000 // len(member)) + end + "}"
+    started = time.monotonic()
+    assert refused(post(server, body.encode(), path), 400)["param"] == param
+    assert time.monotonic() - started < 3
+
+
+def test_a_text_without_end(server: ServerProcess) -> None:
+    """Only as much of it is read as would fit; of so many control tokens, reading all would take minutes."""
+    started = time.monotonic()
+    messages = [{"role": "user", "content": "x"}] * 50_000
+    error = refused(post(server, CHAT | {"messages": messages}), 400)
+    assert error["code"] == "context_length_exceeded"
+    error = refused(post(server, {"prompt": "<|im_end|>" * 800_000}, "/v1/completions"), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert time.monotonic() - started < 20
 
 
 def test_wrong_values_that_only_the_engine_sees(server: ServerProcess) -> None:
@@ -189,7 +229,7 @@ def test_ten_megabytes(server: ServerProcess) -> None:
     connection.close()
     # who asks before he sends is told before he does
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
-        raw.sendall(head("POST", f"Content-Length: {len(body)}", "Expect: 100-continue"))
+        raw.sendall(head("POST", f"Content-Length: {len(body)}", "Expect: 100-Continue"))
         assert raw.recv(1000).startswith(b"HTTP/1.1 413 ")
     refused(post(server, b"x", Content_Encoding="gzip"), 415)
 
@@ -262,6 +302,8 @@ def test_what_is_not_http(server: ServerProcess, sent: bytes) -> None:
         ({"Origin": "null"}, 403),
         ({"Origin": "http://localhost:1"}, 403),
         ({"Origin": "file://"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": ""}, 403),
         ({"Origin": "http://localhost:7", "Host": "localhost:7"}, 200),
         ({"Origin": "http://evil.example", "Host": "evil.example"}, 403),
     ],

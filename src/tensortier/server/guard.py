@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -24,7 +25,8 @@ _DRAINED_BYTES = (
     64 << 20
 )  # of a body that is too long: its sender reads the answer only after it has sent all
 _KEYED = ("/v1/", "/api/", "/metrics", "/stats")
-_CORS_HEADERS = "authorization, content-type, x-api-key"
+_CORS_HEADERS = "authorization, content-type, x-api-key"  # for a browser that does not say what it will send
+_NAMES = re.compile(r"[\w-]+(, ?[\w-]+)*", re.ASCII)  # of headers
 _ALWAYS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -55,7 +57,7 @@ class Guard:
             self._check_host(headers)
             extra |= self._check_origin(headers)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                await self._preflight(extra)(scope, receive, send)
+                await self._preflight(headers, extra)(scope, receive, send)
                 return
             self._check_key(scope["path"], headers)
             body = await self._body(headers, receive)
@@ -108,16 +110,18 @@ class Guard:
                 "cross-origin-resource-policy": "cross-origin",
                 "vary": "origin",
             }
-        if origin != "null" and urlsplit(origin).netloc == headers.get("host", ""):
+        if origin != "null" and origin.partition("://")[2] == headers.get("host", ""):
             return {}
         raise Problem(
             403, f"the page {origin[:100]} may not use this server (--allow-origin)", code="wrong_origin"
         )
 
-    def _preflight(self, extra: dict[str, str]) -> Response:
+    def _preflight(self, headers: Headers, extra: dict[str, str]) -> Response:
+        """An allowed page may send any header: OpenAI's client for browsers adds a dozen of its own."""
         if "access-control-allow-origin" in extra:
+            wanted = headers.get("access-control-request-headers", "")
             extra["access-control-allow-methods"] = "GET, POST, DELETE"
-            extra["access-control-allow-headers"] = _CORS_HEADERS
+            extra["access-control-allow-headers"] = wanted if _NAMES.fullmatch(wanted) else _CORS_HEADERS
             extra["access-control-max-age"] = "600"
         return Response(status_code=204, headers=extra)
 
@@ -142,7 +146,7 @@ class Guard:
         )
         if headers.get("content-encoding", "identity") != "identity":
             raise Problem(415, "compressed requests are not read", close=True)
-        if length.isdigit() and int(length) > most and "100-continue" in headers.get("expect", ""):
+        if length.isdigit() and int(length) > most and "100-continue" in headers.get("expect", "").lower():
             raise too_long
         body, size = bytearray(), 0
         try:

@@ -24,7 +24,9 @@ class Settings:
     origins: tuple[str, ...] = ()  # of other pages that may use the server; "*": all
     hosts: tuple[str, ...] | None = None  # names in the Host header; None: any
     body_bytes: int = 8 << 20  # of one request
-    request_seconds: float = 30.0  # that its head, and then its body, may take to arrive
+    request_seconds: float = (
+        30.0  # that its head, and then its body, may take to arrive; that nobody reads an answer
+    )
     stop_seconds: float = 10.0  # that answers get to end when the server is stopped
     connections: int = 512
 

@@ -16,16 +16,21 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tensortier.errors import TensortierError, UsageError
 from tensortier.server.host import ModelHost
 from tensortier.server.limits import Gate, Settings
+from tensortier.server.problems import RETRY_SECONDS, Problem
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _POLL_SECONDS = 0.05
 _IDLE_SECONDS = 15  # of a connection between requests; clients give theirs up earlier
 _LAST_SECONDS = 2  # for connections, after the answers
+_SEND_BYTES = (
+    1 << 16
+)  # that the system keeps for a client: with more, it cannot be seen for long whether one reads
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -45,6 +50,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         if sys.platform != "win32":  # there it would let two servers have one port
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         bound.bind(address)
     except OSError as exc:
         bound.close()
@@ -76,14 +82,13 @@ def serve(
     once. ``ready`` is called when requests are taken."""
     config = uvicorn.Config(
         app,
-        http=_protocol(settings.request_seconds),
+        http=_protocol(settings.request_seconds, settings.connections),
         ws="none",
         loop="asyncio",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=settings.connections,
         timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
@@ -155,15 +160,32 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _protocol(seconds: float) -> type[asyncio.Protocol]:
+async def _overloaded(scope: Scope, receive: Receive, send: Send) -> None:
+    problem = Problem(
+        503,
+        "the server is busy: it has too many connections",
+        code="overloaded",
+        retry_after=RETRY_SECONDS,
+        close=True,
+    )
+    await problem.response()(scope, receive, send)
+
+
+def _protocol(seconds: float, most: int) -> type[asyncio.Protocol]:
     """HTTP/1.1, where the head of a request has to arrive within so many seconds of its first byte, or of the
-    connection's beginning."""
+    connection's beginning, and a client may not let an answer wait for longer without reading some of it. Of more
+    than ``most`` connections the newest are told that there are too many."""
 
     class Protocol(H11Protocol):
         _head: asyncio.TimerHandle | None = None
+        _reader: asyncio.TimerHandle | None = None
+        _patience = seconds
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if len(self.connections) > most:
+                self.app = _overloaded
+                self._patience = min(seconds, _LAST_SECONDS)
             self._arm()
 
         def data_received(self, data: bytes) -> None:
@@ -182,19 +204,42 @@ def _protocol(seconds: float) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
+            self.resume_writing()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            """More is ready than the client reads."""
+            super().pause_writing()
+            self._wait_for_reader()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._reader is not None:
+                self._reader.cancel()
+                self._reader = None
 
         def _arm(self) -> None:
             if self._head is None and not self.transport.is_closing():
-                self._head = self.loop.call_later(seconds, self._too_slow)
+                self._head = self.loop.call_later(self._patience, self._too_slow)
 
         def _disarm(self) -> None:
             if self._head is not None:
                 self._head.cancel()
                 self._head = None
 
+        def _wait_for_reader(self) -> None:
+            left = self.transport.get_write_buffer_size()
+
+            def look_again() -> None:
+                if self.transport.get_write_buffer_size() < left:
+                    self._wait_for_reader()
+                else:
+                    self._too_slow()
+
+            self._reader = self.loop.call_later(seconds, look_again)
+
         def _too_slow(self) -> None:
-            self._head = None
+            self._head = self._reader = None
             self.transport.abort()
 
     return Protocol

@@ -7,13 +7,14 @@ as leaving a field out.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from tensortier.server.problems import Problem
 from tensortier.types import Sampling
@@ -39,8 +40,31 @@ _UNION_TAGS = re.compile(
 _SEEDS = 2**32 - 1  # the last number means "random" to llama.cpp
 _SAMPLING = Sampling()
 
+_MOST_BIAS = 100
+_TOKEN = re.compile(r"[0-9]{1,9}")
+
 T = TypeVar("T", bound="_Body")
+L = TypeVar("L")
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# The first wrong member is told, and the others are not looked at: a request has room for millions
+Several = Annotated[list[L], Field(fail_fast=True)]
+
+
+def _shape(value: Any) -> str:
+    """Which kind of ``Texts`` is meant; trying all of them on a million tokens would take seconds."""
+    first = value[0] if isinstance(value, list) and value else ""
+    if not isinstance(value, list):
+        return "str"
+    return "list[list]" if isinstance(first, list) else "list[str]" if isinstance(first, str) else "list[int]"
+
+
+Texts = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[Several[str], Tag("list[str]")]
+    | Annotated[Several[Count], Tag("list[int]")]
+    | Annotated[Several[Several[Count]], Tag("list[list]")],
+    Discriminator(_shape),
+]
 
 
 class _Strict(BaseModel):
@@ -72,9 +96,9 @@ class ToolCall(_Loose):
 
 class Message(_Loose):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Several[Part] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Several[ToolCall] | None = None
     tool_call_id: str | None = None
 
     def plain(self, where: str) -> dict[str, Any]:
@@ -146,7 +170,7 @@ class _Generating(_Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Any] | None = None
     # llama.cpp's
     top_k: Count | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -171,18 +195,23 @@ class _Generating(_Body):
             max_tokens=_SAMPLING.max_tokens if max_tokens is None else max_tokens,
             stop=tuple(text for text in stop if text),
             logprobs=logprobs,
-            logit_bias=tuple(self._biases()),
+            logit_bias=self._biases,
         )
 
-    def _biases(self) -> list[tuple[int, float]]:
+    @functools.cached_property
+    def _biases(self) -> tuple[tuple[int, float], ...]:
         found = []
         for token, bias in (self.logit_bias or {}).items():
-            if not re.fullmatch(r"\d{1,9}", token):
+            if not _TOKEN.fullmatch(token):
                 raise Problem(
                     400, f"logit_bias: {token[:20]!r} is not the number of a token", param="logit_bias"
                 )
-            found.append((int(token), bias))
-        return found
+            number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+            if not number or not -_MOST_BIAS <= bias <= _MOST_BIAS:
+                text = f"logit_bias.{token}: a bias is a number from -{_MOST_BIAS} to {_MOST_BIAS}"
+                raise Problem(400, text, param=f"logit_bias.{token}", code="invalid_value")
+            found.append((int(token), float(bias)))
+        return tuple(found)
 
     @property
     def with_usage(self) -> bool:
@@ -190,16 +219,16 @@ class _Generating(_Body):
 
 
 class ChatRequest(_Generating):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
+    tools: Several[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Several[Literal["text"]] | None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -207,7 +236,7 @@ class ChatRequest(_Generating):
 
 
 class CompletionRequest(_Generating):
-    prompt: str | list[str] | list[Count] | list[list[Count]]
+    prompt: Texts
     max_tokens: Count = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
@@ -219,7 +248,7 @@ class CompletionRequest(_Generating):
 
 
 class EmbeddingRequest(_Body):
-    input: str | list[str] | list[Count] | list[list[Count]]
+    input: Texts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
@@ -246,6 +275,8 @@ def parse(kind: type[T], body: bytes) -> T:
     for name in data:
         if name in _REFUSED:
             raise Problem(400, f"{name} is not supported: {_REFUSED[name]}", param=name)
+        if name not in kind.model_fields:
+            raise invalid({"type": "extra_forbidden", "loc": (name,)})
     try:
         return kind.model_validate(data)
     except pydantic.ValidationError as exc:
