@@ -6,7 +6,6 @@
 
 #include "computer.h"
 
-#include <chrono>
 #include <cstring>
 
 namespace tt {
@@ -19,10 +18,6 @@ constexpr uint8_t GUID[16] = {0x54, 0x45, 0x4e, 0x53, 0x4f, 0x52, 0x54, 0x49,
                               0x45, 0x52, 0x2d, 0x54, 0x49, 0x45, 0x52, 0x31};
 
 class Aborted {};
-
-double seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 template <typename Function> Function inner_function(const char * name) {
     Registry * registry = api().ggml_backend_dev_backend_reg(inner_device());
@@ -180,7 +175,11 @@ void Computer::run(bool alone) {
         return;
     }
     use_threads(alone ? 1 : threads);
+    const double before = clock_seconds();
     const int status = api().ggml_backend_graph_compute(inner_, graph_);
+    if (store_) {
+        store_->reader().timeline.add(Event::What::compute, before);
+    }
     if (status == STATUS_SUCCESS) {
         for (const Scattered & row : scattered_) {
             std::memcpy(row.to, row.from, row.nbytes);
@@ -201,9 +200,10 @@ void Computer::run(bool alone) {
 
 void Computer::wait(double & stalled) {
     run();
-    const double before = seconds();
+    const double before = clock_seconds();
     store_->reader().wait(WAIT_MILLISECONDS);
-    stalled += seconds() - before;
+    stalled += clock_seconds() - before;
+    store_->reader().timeline.add(Event::What::wait, before);
     if (abort_callback && abort_callback(abort_data)) {
         throw Aborted();
     }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstring>
 
 #if defined(_WIN32)
@@ -20,10 +19,6 @@
 
 namespace tt {
 namespace {
-
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 std::string reason(int64_t error) {
     return std::strerror(static_cast<int>(error));
@@ -272,7 +267,10 @@ void Reader::start_more() {
 
 void Reader::start(std::deque<Piece *> & queue) {
     if (under_way_ == 0) {
-        busy_since_ = now();
+        busy_since_ = clock_seconds();
+    }
+    if (timeline.on()) {
+        queue.front()->started = clock_seconds();
     }
     batch_.push_back(queue.front());
     queue.pop_front();
@@ -340,7 +338,7 @@ void Reader::drain() {
 
 void Reader::ended(Piece * piece) {
     if (--under_way_ == 0) {
-        totals_.busy_seconds += now() - busy_since_;
+        totals_.busy_seconds += clock_seconds() - busy_since_;
     }
     if (fault_count_ > 0) {
         if (fault_after_ > 0) {
@@ -349,6 +347,9 @@ void Reader::ended(Piece * piece) {
             --fault_count_;
             piece->result = std::min<int64_t>(piece->result, fault_result_);
         }
+    }
+    if (piece->started > 0) {
+        timeline.add(Event::What::read, piece->started);
     }
     Active & active = active_[piece->request];
     const File & file = files_[static_cast<size_t>(piece->fd_index)];

@@ -4,6 +4,8 @@
 // reader until the read's state says otherwise.
 #pragma once
 
+#include "timeline.h"
+
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -59,6 +61,7 @@ struct Piece {
     char * memory = nullptr;
     size_t request = 0;
     int64_t result = 0; // bytes, or a negative errno
+    double started = 0; // kept while there is a timeline
 };
 
 // How pieces get read: through io_uring, or by threads that block.
@@ -102,6 +105,9 @@ public:
     void wait(int milliseconds) { advance(milliseconds); }
     void drain(); // waits until nothing is under way
     bool idle() const { return requests_under_way_ == 0; }
+
+    // Of these reads, and of what is computed between them.
+    Timeline timeline;
 
     // Why a request last failed.
     const std::string & error() const { return error_; }

@@ -8,7 +8,7 @@ namespace tt {
 namespace {
 
 // Enough under way for a drive to be busy while what has arrived is computed.
-constexpr uint64_t PASSING_BYTES = 16u << 20;
+constexpr uint64_t PASSING_BYTES = 24u << 20;
 constexpr uint64_t PASSING_SHARE = 8; // but no more than this part of the memory
 
 uint64_t round_up(uint64_t value, uint64_t to) {

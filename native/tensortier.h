@@ -210,6 +210,20 @@ TT_API int tt_tier_group_stats_get(void * tier, struct tt_tier_group_stats * row
 // after another. Null ends it. Returns 0, or 1 with one line in `error`.
 TT_API int tt_tier_trace(void * tier, const char * path, char * error, size_t error_size);
 
+struct tt_tier_event {
+    double begin; // seconds, of a clock that only goes forward
+    double end;   // of a read: when it was noticed
+    int32_t what; // 0: a read of at most read_bytes; 1: computing with weights from the drive; 2: waiting for
+                  // the drive with nothing to compute; 3: a pass begins: the experts of a layer are known
+    int32_t group; // of a pass
+};
+
+// Keeps the first `capacity` events from now on; 0 ends that.
+TT_API void tt_tier_timeline(void * tier, int64_t capacity);
+
+// Writes up to `capacity` of them and returns how many there are.
+TT_API int64_t tt_tier_timeline_get(void * tier, struct tt_tier_event * events, int64_t capacity);
+
 // For tests: after `after` more reads, the next `count` end with `result`: a negative errno, or fewer bytes
 // than were asked for.
 TT_API void tt_tier_inject(void * tier, int64_t result, int64_t after, int64_t count);

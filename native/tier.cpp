@@ -151,6 +151,22 @@ int tt_tier_trace(void * tier, const char * path, char * error, size_t error_siz
     });
 }
 
+void tt_tier_timeline(void * tier, int64_t capacity) {
+    tt::Store & store = *handle(tier).store;
+    const std::lock_guard<std::mutex> lock(store.mutex);
+    store.reader().timeline.start(static_cast<size_t>(std::max<int64_t>(capacity, 0)));
+}
+
+int64_t tt_tier_timeline_get(void * tier, tt_tier_event * events, int64_t capacity) {
+    tt::Store & store = *handle(tier).store;
+    const std::lock_guard<std::mutex> lock(store.mutex);
+    const std::vector<tt::Event> & kept = store.reader().timeline.events();
+    for (size_t i = 0; i < kept.size() && static_cast<int64_t>(i) < capacity; ++i) {
+        events[i] = {kept[i].begin, kept[i].end, static_cast<int32_t>(kept[i].what), kept[i].group};
+    }
+    return static_cast<int64_t>(kept.size());
+}
+
 void tt_tier_inject(void * tier, int64_t result, int64_t after, int64_t count) {
     tt::Store & store = *handle(tier).store;
     const std::lock_guard<std::mutex> lock(store.mutex);

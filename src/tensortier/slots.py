@@ -18,7 +18,7 @@ from tensortier.types import ModelInfo, Tensor
 # A drive may do with less, 512 bytes: then slots are a little smaller, and there may be some more of them.
 SECTOR = 4096
 _LINE = 64  # of the processor's cache: the least that parts of a slot are aligned to
-_PASSING_BYTES, _PASSING_SHARE = 16 << 20, 8  # as in sharing.cpp
+_PASSING_BYTES, _PASSING_SHARE = 24 << 20, 8  # as in sharing.cpp
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tensortier._llama.tierlib import (
     PolicySetup,
     TierConfig,
     TierCounts,
+    TierEvent,
     TierTensor,
     tier_library,
 )
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 POLICIES = ("lru", "global-lru", "lfu", "static", "second-touch")  # in the order of tt_tier_config.policy
 READERS = ("auto", "io_uring", "threads")
+EVENTS = ("read", "compute", "wait", "pass")  # in the order of tt_tier_event.what
 MAX_PARTS = 4  # of an expert, in native/sharing.h
 MAX_GUESSES = 4096
 
@@ -297,6 +299,20 @@ class PagedWeights:
         name = None if path is None else os.fsencode(path)
         if self._library.tt_tier_trace(self._open_handle(), name, error, len(error)):
             raise UsageError(error.value.decode(errors="replace"))
+
+    def start_timeline(self, events: int) -> None:
+        """The first so many events are kept from now on, see ``timeline``."""
+        self._library.tt_tier_timeline(self._open_handle(), events)
+
+    def timeline(self) -> list[tuple[str, float, float, int]]:
+        """What happened since ``start_timeline``, in the order in which it ended: "read" (one read of the drive; it
+        ends when it is noticed), "compute" (with weights from the drive), "wait" (for the drive, with nothing to
+        compute) or "pass" (a layer's experts are known); begin and end in seconds of a clock; of a pass, the layer's
+        number among those with experts, else -1."""
+        count = self._library.tt_tier_timeline_get(self._open_handle(), None, 0)
+        events = (TierEvent * max(count, 1))()
+        self._library.tt_tier_timeline_get(self._open_handle(), events, count)
+        return [(EVENTS[e.what], e.begin, e.end, e.group) for e in events[:count]]
 
     def inject_fault(self, result: int, after: int = 0, count: int = 1) -> None:
         """For tests: after so many more reads, the next ``count`` end with ``result``, a negative errno or fewer

@@ -85,6 +85,17 @@ class GroupCounts(ctypes.Structure):
     )
 
 
+class TierEvent(ctypes.Structure):
+    """``tt_tier_event``"""
+
+    _fields_ = (
+        ("begin", ctypes.c_double),
+        ("end", ctypes.c_double),
+        ("what", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    )
+
+
 class PolicySetup(ctypes.Structure):
     """``tt_policy``"""
 
@@ -125,6 +136,10 @@ def tier_library() -> ctypes.CDLL:
         ctypes.c_int32,
         *error,
     ]
+    library.tt_tier_timeline.argtypes = [handle, ctypes.c_int64]
+    library.tt_tier_timeline.restype = None
+    library.tt_tier_timeline_get.argtypes = [handle, ctypes.POINTER(TierEvent), ctypes.c_int64]
+    library.tt_tier_timeline_get.restype = ctypes.c_int64
     library.tt_tier_inject.argtypes = [handle, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     library.tt_tier_inject.restype = None
     library.tt_tier_close.argtypes = [handle]

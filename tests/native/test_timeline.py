@@ -1,0 +1,39 @@
+"""The timeline of a model with weights on the drive tells what the totals tell, which are counted apart from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import tier_runs as runs
+
+
+def test_it_has_each_read_wait_and_pass(synthetic: Callable[..., Path]) -> None:
+    path = synthetic(arch="qwen2moe", layers=2, experts=8, used=2, shared=256, qtype="Q4_K")
+    least, _ = runs.expert_bytes(path)
+    with runs.tiered(runs.tier_plan(path, expert_bytes=2 * least, read_bytes=16 << 10)) as (model, ctx, paged):
+        runs.generate(model, ctx, steps=1)  # before it: not in it
+        before, started = paged.stats(), time.perf_counter()
+        paged.start_timeline(100_000)
+        runs.generate(model, ctx, steps=4)
+        after, taken = paged.stats(), time.perf_counter() - started
+        events = paged.timeline()
+        assert len([e for e in events if e[0] == "read"]) == after.drive_reads - before.drive_reads > 0
+        waited = sum(end - begin for what, begin, end, _ in events if what == "wait")
+        assert waited == pytest.approx(after.stall_seconds - before.stall_seconds, abs=0.1 * taken)
+        passes = [group for what, _, _, group in events if what == "pass"]
+        assert passes == [0, 1] * (len(passes) // 2)
+        assert len(passes) == sum(row.passes for row in after.layers) - sum(
+            row.passes for row in before.layers
+        )
+        assert all(0 <= end - begin <= taken for _, begin, end, _ in events)
+        assert sum(end - begin for what, begin, end, _ in events if what in ("wait", "compute")) <= taken
+        paged.start_timeline(10)  # the first ones only
+        runs.generate(model, ctx, steps=1)
+        assert len(paged.timeline()) == 10
+        paged.start_timeline(0)
+        runs.generate(model, ctx, steps=1)
+        assert paged.timeline() == []
