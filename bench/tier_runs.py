@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -68,6 +69,7 @@ class Result:
     recall: float  # of guesses
     precision: float
     guessing: bool
+    others: float = 0.0  # cores that other programs used meanwhile: a run with many is worth nothing
 
     def __str__(self) -> str:
         return (
@@ -76,6 +78,7 @@ class Result:
             f"hits {self.hit_rate:.2f}, stalled {self.stall:.2f}, peak {self.peak / 1e9:.3f} GB, "
             f"load {self.load_seconds:.1f} s, guesses {'on' if self.guessing else 'off'}: "
             f"recall {self.recall:.2f}, precision {self.precision:.2f}"
+            + (f", OTHERS USED {self.others:.2f} CORES" if self.others > 0.1 else "")
         )
 
 
@@ -121,15 +124,22 @@ def run(job: Job, limit: int | None) -> Result:
     """Runs the job in a process of its own; in a group of ``limit`` bytes, or free."""
     command = [sys.executable, "-m", "bench.tier_runs", json.dumps(asdict(job))]
     drop_cache(Path(job.path))
-    if limit is None:
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return Result(**json.loads(out.splitlines()[-1]))
-    with control_group(limit) as group:
-        command.append(str(group))
+    before, started = processor_seconds(), time.perf_counter()
+    with contextlib.nullcontext() if limit is None else control_group(limit) as group:
+        command += [] if group is None else [str(group)]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{job}: {done.stderr[-2000:]}")
-        return Result(**json.loads(done.stdout.splitlines()[-1]))
+    if done.returncode:
+        raise SystemExit(f"{job}: {done.stderr[-2000:]}")
+    others = (processor_seconds() - before) / (time.perf_counter() - started)
+    return replace(Result(**json.loads(done.stdout.splitlines()[-1])), others=others)
+
+
+def processor_seconds() -> float:
+    """Of all cores since the machine started, without what children of this process used."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    used = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used - children.ru_utime - children.ru_stime
 
 
 def drop_cache(path: Path) -> None:
@@ -315,6 +325,9 @@ def compare(path: Path, args: argparse.Namespace, tiered: Callable[[Job, int], J
         bandwidth = drive_bandwidth(path)
         time.sleep(args.rest)
         ours.append(run(tiered(job, limit), limit))
+        bandwidth = (
+            bandwidth + drive_bandwidth(path)
+        ) / 2  # before and after: it changes from minute to minute
         ceiling = 1 / max(ours[-1].bytes_per_token / bandwidth, 1 / full.decode)
         seen = 1 / max(ours[-1].bytes_per_token / max(ours[-1].drive_rate, 1.0), 1 / full.decode)
         shares.append(ours[-1].decode / ceiling)

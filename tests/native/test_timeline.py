@@ -14,7 +14,11 @@ from tests import tier_runs as runs
 def test_it_has_each_read_wait_and_pass(synthetic: Callable[..., Path]) -> None:
     path = synthetic(arch="qwen2moe", layers=2, experts=8, used=2, shared=256, qtype="Q4_K")
     least, _ = runs.expert_bytes(path)
-    with runs.tiered(runs.tier_plan(path, expert_bytes=2 * least, read_bytes=16 << 10)) as (model, ctx, paged):
+    with runs.tiered(runs.tier_plan(path, expert_bytes=2 * least, read_bytes=16 << 10)) as (
+        model,
+        ctx,
+        paged,
+    ):
         runs.generate(model, ctx, steps=1)  # before it: not in it
         before, started = paged.stats(), time.perf_counter()
         paged.start_timeline(100_000)
