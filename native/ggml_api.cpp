@@ -3,6 +3,7 @@
 #include "ggml_interfaces.h"
 #include "tensortier.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +11,7 @@
 
 #if defined(_WIN32)
 #define WIN32_LEAN_AND_MEAN
+#define NOMINMAX
 #include <windows.h>
 #else
 #include <dlfcn.h>
@@ -26,7 +28,10 @@ std::atomic<bool> g_bound{false};
 class Library {
 public:
     bool open(const char * path) {
-        handles_[0] = GetModuleHandleA(path);
+        const int length = MultiByteToWideChar(CP_UTF8, 0, path, -1, nullptr, 0);
+        std::wstring wide(static_cast<size_t>(std::max(length, 1)), L'\0');
+        MultiByteToWideChar(CP_UTF8, 0, path, -1, wide.data(), length);
+        handles_[0] = GetModuleHandleW(wide.c_str());
         handles_[1] = GetModuleHandleA("ggml-base.dll");
         handles_[2] = GetModuleHandleA("ggml.dll");
         handles_[3] = GetModuleHandleA("ggml-cpu.dll");

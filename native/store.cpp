@@ -16,6 +16,18 @@ namespace tt {
 
 #if defined(_WIN32)
 
+namespace {
+
+// The names that we are given are UTF-8; std::fopen takes those of the system's old code page.
+std::FILE * open_to_write(const char * path) {
+    const int length = MultiByteToWideChar(CP_UTF8, 0, path, -1, nullptr, 0);
+    std::wstring wide(static_cast<size_t>(std::max(length, 1)), L'\0');
+    MultiByteToWideChar(CP_UTF8, 0, path, -1, wide.data(), length);
+    return _wfopen(wide.c_str(), L"wb");
+}
+
+} // namespace
+
 Memory::Memory(uint64_t nbytes, bool committed) : nbytes_(nbytes) {
     const DWORD how = committed ? MEM_RESERVE | MEM_COMMIT : MEM_RESERVE;
     data_ =
@@ -34,6 +46,14 @@ Memory::~Memory() {
 }
 
 #else
+
+namespace {
+
+std::FILE * open_to_write(const char * path) {
+    return std::fopen(path, "wb");
+}
+
+} // namespace
 
 Memory::Memory(uint64_t nbytes, bool committed) : nbytes_(nbytes) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS;
@@ -277,7 +297,7 @@ void Store::trace(const char * path) {
         }
     }
     if (path) {
-        trace_ = std::fopen(path, "wb");
+        trace_ = open_to_write(path);
         if (!trace_) {
             throw ReadError(std::string("cannot write ") + path + ": " + std::strerror(errno));
         }

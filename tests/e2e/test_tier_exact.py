@@ -15,6 +15,8 @@ import pytest
 from tensortier import gguf, routing, tier
 from tests import tier_runs as runs
 from tests.models import llamacpp
+from tests.models.ggufio import Spec
+from tests.models.synthetic import Synthetic, build
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"experts": 8, "used": 2, "qtype": "Q4_0"},
@@ -63,6 +65,27 @@ def test_biases_of_experts_may_stay_elsewhere(synthetic: Callable[..., Path]) ->
     with runs.tiered(plan) as (model, ctx, paged):
         assert np.array_equal(runs.generate(model, ctx), expected)
         assert paged.stats().resident_bytes == 0
+
+
+@pytest.mark.parametrize("pattern", [r"_exps\.weight", r"blk\.1\.ffn_(up|down)_exps\.weight"])
+def test_scales_of_experts(pattern: str, synthetic: Callable[..., Path], tmp_path: Path) -> None:
+    """One factor per expert, as quantizers to NVFP4 write them: a product with the rows of the chosen ones follows each
+    product of experts."""
+    options = {"layers": 3, **SHAPES["llama"]}
+    scales = [
+        Spec(f"blk.{layer}.ffn_{part}_exps.scale", (8,), "F32")
+        for layer in range(3)
+        for part in ("gate", "up", "down")
+    ]
+    path = build(Synthetic(**options), tmp_path / "scaled.gguf", scales)
+    with runs.stock(path) as (model, ctx):
+        expected = runs.generate(model, ctx)
+    with runs.stock(synthetic(**options)) as (model, ctx):
+        assert not np.array_equal(runs.generate(model, ctx), expected)  # llama.cpp does use them
+    least, everything = runs.expert_bytes(path)
+    for budget in (least, everything // 2):
+        with runs.tiered(runs.tier_plan(path, pattern, expert_bytes=budget)) as (model, ctx, _paged):
+            assert np.array_equal(runs.generate(model, ctx), expected), f"{budget} bytes"
 
 
 def test_real_mixture(moe_path: Path, expected_of_moe: runs.Floats) -> None:

@@ -8,7 +8,7 @@ seeded by the model's seed and the tensor's name, so its bytes do not depend on 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -146,14 +146,14 @@ def specs(model: Synthetic) -> list[Spec]:
     return result
 
 
-def build(model: Synthetic, path: Path) -> Path:
-    """Write the model to ``path`` and return that."""
+def build(model: Synthetic, path: Path, more: Sequence[Spec] = ()) -> Path:
+    """Write the model, and tensors that no option stands for, to ``path`` and return that."""
     metadata = shapes.metadata(shape(model))
     if model.vocab:
         metadata["tokenizer.ggml.model"] = "no_vocab"
     else:
         metadata |= ggufio.fields(smollm2.path(), "tokenizer.")
-    tensors = specs(model)
+    tensors = [*specs(model), *more]
     with ggufio.published(path) as temporary:
         offsets = ggufio.write_header(temporary, model.arch, metadata, tensors)
         with temporary.open("r+b", buffering=0) as file:
