@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from tensortier.errors import ModelNotFound, OutOfMemory, UsageError
+from tensortier.errors import ModelNotFound, OutOfMemory, PlanError, UsageError
 from tensortier.explain import readable_size
+from tensortier.pageable import DEVICE
 from tensortier.types import Device, Hardware, ModelInfo, Plan, Settings, Workload
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # ggml's buffers in main memory: "CPU", "CPU_REPACK", pinned ones such as "CUDA_Host"
 _MAIN_MEMORY = re.compile(r"\bCPU|_Host\b")
+
+
+CPU = "CPU"
 
 
 class Measure(Enum):
@@ -175,7 +179,79 @@ def given_plan(plan: Plan, name: str) -> Plan:
         machine = hardware.probe(source, rpc=plan.rpc)
         planid.check_machine(plan, machine)
         placement.check_devices(plan.placement, machine)
+        if plan.tier is not None:
+            plan = replace(plan, warnings=(*plan.warnings, *_short_of_ram(plan, machine)))
     return replace(plan, model=source)
+
+
+def _short_of_ram(plan: Plan, machine: Hardware) -> list[str]:
+    """What to be warned of where a plan with weights on the drive, which fills RAM on purpose, was made for more RAM
+    than is available now.
+
+    Raises:
+        PlanError: it takes more than this process may ever use.
+    """
+    taken = ram_of(plan, machine)
+    told = f"this plan takes {readable_size(taken)} of RAM"
+    again = "plan again for less (--ram)"
+    if 0 < machine.ram_limit < taken:
+        raise PlanError(f"{told}, and this process may use {readable_size(machine.ram_limit)}: {again}")
+    if machine.ram_available < taken:
+        return [f"{told}, of which {readable_size(machine.ram_available)} are free now: {again}"]
+    return []
+
+
+def ram_of(plan: Plan, machine: Hardware) -> int:
+    """Bytes of main memory that a plan takes, by its own count: of the CPU, of devices that share it, of what holds
+    weights from the drive, and of the process."""
+    from tensortier import budget
+
+    shared = budget.budget_of(machine, None).shared
+    rows = {CPU, DEVICE, budget.PROCESS} | shared
+    return sum(row.total_bytes for row in plan.memory if row.device in rows)
+
+
+def check_ram(planned: Planned) -> None:
+    """That a budget of main memory is kept: a file that is mapped because it does not fit would fill what there is.
+
+    Raises:
+        UsageError: it is not, and the message says what would help.
+    """
+    wish, plan = planned.wish, planned.plan
+    if wish.ram is None or wish.elsewhere is not None or plan.tier is not None:
+        return
+    taken = ram_of(plan, planned.hardware)
+    if taken <= wish.ram:
+        return
+    line = f"--ram {readable_size(wish.ram)} is too little: this takes {readable_size(taken)}"
+    if wish.manual.given:
+        raise UsageError(
+            f"{line}; leave the options of manual placement out, and what RAM does not hold stays on the drive"
+        )
+    if wish.settings.load_mode != "auto":
+        raise UsageError(
+            f"{line}; leave --load-mode out, and what RAM does not hold stays on the drive and is read as it is needed"
+        )
+    raise UsageError(f"{line}{_least_with_the_drive(planned)}")
+
+
+def _least_with_the_drive(planned: Planned) -> str:
+    from tensortier import budget, paging
+
+    model, plan = planned.model, planned.plan
+    process = sum(row.total_bytes for row in plan.memory if row.device == budget.PROCESS)
+    rows = [row for row in plan.memory if row.device != budget.PROCESS]
+    shared = budget.budget_of(planned.hardware, None).shared
+    least = paging.OnDrive(model, plan, rows, {}).least
+    if least is None:
+        return ", and nothing of this model can stay on the drive"
+    least += process + sum(row.total_bytes for row in rows if row.device in shared)
+    settings = plan.settings
+    return (
+        f", and with as much as possible on the drive {readable_size(least)}; what would help: fewer tokens of context "
+        f"than {settings.n_ctx or model.context_length} (--context), or a smaller micro-batch than "
+        f"{settings.n_ubatch} (--ubatch)"
+    )
 
 
 def settle(wish: Wish, model: ModelInfo) -> Workload:
@@ -229,7 +305,10 @@ def within_budget(machine: Hardware, vram: Sequence[int], ram: int | None) -> Ha
     if ram is not None:
         if ram < 1:
             raise UsageError("--ram 0 leaves nothing to run in: give a size, such as 8GiB")
-        _refuse_more(ram, machine.ram_limit, "--ram", "this machine")
+        group = 0 < machine.ram_limit < machine.ram_total
+        _refuse_more(
+            ram, machine.ram_limit, "--ram", "the control group of this process" if group else "this machine"
+        )
     limits = dict(zip((card.name for card in cards), vram, strict=False))
     devices = tuple(
         replace(d, memory_free=min(d.memory_free, limits[d.name])) if d.name in limits else d
@@ -357,7 +436,9 @@ def placed(
             warnings=warnings,
             answers=answers,
         )
-    known = speeds or (measuring.assumed(machine) if wish.measure is Measure.NEVER else None)
+    known = speeds
+    if known is None and (wish.measure is Measure.NEVER or not placement.gpus(machine)):
+        known = measuring.assumed(machine)  # what fits, and in which way, need not wait for a measurement
     plan = planner.plan(
         model,
         machine,

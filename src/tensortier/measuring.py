@@ -86,7 +86,9 @@ def assumed(machine: Hardware) -> Rates | None:
         else:
             continue
         devices.append(replace(device, details=details))
-    return rates.from_catalogue(replace(machine, devices=tuple(devices)))
+    found = rates.from_catalogue(replace(machine, devices=tuple(devices)))
+    told = {name: replace(of, provenance="assumed") for name, of in found.devices.items()}
+    return replace(found, devices=told)
 
 
 def _complete(found: Rates, machine: Hardware, say: Say) -> Rates | None:

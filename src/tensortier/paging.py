@@ -15,7 +15,7 @@ from tensortier import cost, placement, slots
 from tensortier.overrides import compact
 from tensortier.pageable import DEVICE, can_page
 from tensortier.rates import Rates, Speed
-from tensortier.types import DeviceMemory, Estimate, ModelInfo, Placement, Plan, Tensor, Tier, Workload
+from tensortier.types import DeviceMemory, Estimate, ModelInfo, Placement, Plan, Role, Tensor, Tier, Workload
 
 CPU = "CPU"
 SCRATCH_SHARE = 0.02  # of the room, for alignment of slots and what computing takes beside them
@@ -76,10 +76,11 @@ class OnDrive:
         self._where = placement.resolve(model, plan.placement, free)
         here = [t for t in model.tensors if self._where[t.name] == CPU and can_page(t)]
         experts = [t for t in here if t.role.is_routed_expert]
-        # as little as has to be: experts alone, or with them the other weights
-        self._sets = [_Paged(self, experts)] if experts else []
-        if len(here) > len(experts):
-            self._sets.append(_Paged(self, here))
+        # As little as has to be: experts alone, or with them the other weights. Of those the output last: it is the
+        # largest by far, and what passes through a ring for two of the largest stays nowhere.
+        inner = [t for t in here if t.role is not Role.OUTPUT]
+        sets = [found for found in (experts, inner, here) if found]
+        self._sets = [_Paged(self, found) for i, found in enumerate(sets) if found not in sets[:i]]
 
     @property
     def least(self) -> int | None:
@@ -221,6 +222,18 @@ def paged_bytes(model: ModelInfo, plan: Plan, free: Mapping[str, int]) -> tuple[
     return experts, sum(t.nbytes for t in paged) - experts
 
 
+def dense_stays(model: ModelInfo, plan: Plan, free: Mapping[str, int]) -> int:
+    """Bytes of other weights than experts that stay in RAM of those that a plan leaves on the drive."""
+    where = placement.resolve(model, plan.placement, free)
+    dense = [t for t in model.tensors if where[t.name] == DEVICE and not t.role.is_routed_expert]
+    return 0 if plan.tier is None else slots.dense_stays(in_order(model, dense), plan.tier.dense_bytes)
+
+
+def in_order(model: ModelInfo, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """By layer, with those of no layer at the end: nearly the order in which they are used."""
+    return sorted(tensors, key=lambda t: model.n_layers if t.layer is None else t.layer)
+
+
 @dataclasses.dataclass(frozen=True)
 class Share:
     """How much of what is on the drive RAM holds."""
@@ -270,7 +283,8 @@ class _Known:
         paged = [t for t in model.tensors if where[t.name] == DEVICE]
         self.model, self.rates, self.workload = model, rates, workload
         self._layers = slots.layers_of(model, sorted(paged, key=lambda t: t.layer or 0))
-        self._dense = sum(t.nbytes for t in paged if not t.role.is_routed_expert)
+        self._whole = in_order(model, [t for t in paged if not t.role.is_routed_expert])
+        self._dense = sum(t.nbytes for t in self._whole)
         self._slots = sum(layer.slot_bytes * layer.experts for layer in self._layers)
         # weights from the drive are never reordered, and layers that have some of them are computed as if all were
         kernels = rates.kernels(repack=False) if self._dense else rates
@@ -291,7 +305,7 @@ class _Known:
         base, workload, model = self._base, self.workload, self.model
         found = self._share(plan.tier, hits)
         drive = self.rates.drive or cost.ASSUMED_DRIVE
-        streamed = max(0, self._dense - plan.tier.dense_bytes)
+        streamed = self._dense - slots.dense_stays(self._whole, plan.tier.dense_bytes)
         used = model.n_expert_used / max(1, model.n_expert)
         touched = 1 - (1 - used) ** self._batch
         steps = -(-workload.prompt // self._batch)

@@ -29,6 +29,7 @@ from tensortier.types import (
 SHORTEST_CONTEXT = 4096  # that the planner chooses by itself
 _CONTEXT_STEP = 1024
 _UBATCHES = (512, 1024, 2048, 4096)
+_SMALL_UBATCHES = (256, 128, 64)  # where RAM is short and computing takes a part of it that matters
 _ROUNDS = 6  # of asking llama.cpp and planning again with what it says
 
 
@@ -77,7 +78,9 @@ def plan(
         made = simple_plan(model, hardware, settings, rpc=rpc, answers=answers, hits=hits)
         return dataclasses.replace(made, workload=load)
     budget = budget_of(hardware, rates, model, settings)
-    choices = _choices(settings, load, _that_matter(wishes, budget, rates))
+    choices = _choices(
+        settings, load, _that_matter(wishes, budget, rates), not budget.room and model.nbytes > budget.ram
+    )
     search = Search(model, budget, start, load, rates, tuple(choices))
     if isinstance(answers, memory.Formulas):  # with what is known of the devices here
         answers = memory.Formulas(model, budget.free, budget.helpers)
@@ -180,9 +183,12 @@ def context_for(model: ModelInfo, workload: Workload) -> int:
     return min(wanted, model.context_length) if model.context_length else wanted
 
 
-def _choices(settings: Settings, workload: Workload, wishes: Open) -> Iterator[Settings]:
-    """What the settings may be; as they are first."""
+def _choices(settings: Settings, workload: Workload, wishes: Open, short: bool) -> Iterator[Settings]:
+    """What the settings may be; as they are first. ``short``: there is more to compute with than RAM holds, and nothing
+    else that computes."""
     ubatches = [settings.n_ubatch]
+    if wishes.ubatch and short:
+        ubatches += [u for u in _SMALL_UBATCHES if u < settings.n_ubatch]
     if wishes.ubatch:
         # a micro-batch that is twice the prompt only takes memory
         ubatches += [u for u in _UBATCHES if u != settings.n_ubatch and u < 2 * workload.prompt]
@@ -272,10 +278,10 @@ def _best_on_the_drive(
     for option in options:
         if option.fits and option.paged and (made := paged(option, option.rows)) and made.estimate:
             found.append((made.estimate.seconds * search.handicap(option.settings), option))
-    if not found:
-        return None
-    _, chosen = min(found, key=lambda f: f[0])
-    return paged(chosen, exact.ask(search.plan_of(chosen)))
+    for _, chosen in sorted(found, key=lambda f: f[0])[:_ROUNDS]:
+        if made := paged(chosen, exact.ask(search.plan_of(chosen))):  # formulas may be a little off
+            return made
+    return None
 
 
 def _preferred(
@@ -288,7 +294,9 @@ def _preferred(
 ) -> Plan:
     """A plan with weights on the drive, where ``mapped`` would leave them to the kernel's paging. ``told``: what else
     there is to say of it."""
-    where = reasons.on_the_drive(model, paged, paging.paged_bytes(model, paged, budget.free), mapped)
+    left = paging.paged_bytes(model, paged, budget.free)
+    stays = paging.dense_stays(model, paged, budget.free)
+    where = reasons.on_the_drive(paged, left, stays, mapped, budget)
     made = dataclasses.replace(paged, reasons=(where, *told), workload=mapped.workload)
     made = dataclasses.replace(made, memory=(*made.memory, _process(budget)))
     made = dataclasses.replace(made, warnings=tuple(reasons.warnings(made, model, hardware, budget)))

@@ -6,10 +6,20 @@ import dataclasses
 from collections.abc import Sequence
 
 from tensortier import formulas, placement
-from tensortier.budget import Budget
+from tensortier.budget import PROCESS, Budget
 from tensortier.candidates import CPU_ONLY, EVERYTHING, FIT, Question
 from tensortier.search import PAGEABLE, QUANTIZED_KV_GAIN, Option, Search
-from tensortier.types import Candidate, DeviceMemory, Hardware, ModelInfo, Placement, Plan, Settings, Workload
+from tensortier.types import (
+    Candidate,
+    DeviceMemory,
+    Estimate,
+    Hardware,
+    ModelInfo,
+    Placement,
+    Plan,
+    Settings,
+    Workload,
+)
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -18,6 +28,8 @@ _FULL_CARD = 0.95
 _PLAIN_KV = ("f32", "f16", "bf16")
 _NOT_WORTH_IT = "a quantized KV cache is not worth it"
 _CONTEXT_STEP = 1024
+_LEAST_UBATCH = 64  # that is advised: less makes prompts slow and saves little
+ASSUMED = "assumed"  # provenance of speeds that are enough to choose by and no promise
 
 
 def listed(names: Sequence[str]) -> str:
@@ -46,14 +58,24 @@ def why(
         )
     told += settings(chosen.settings, asked)
     rivals = [o for o in options if o.name == FIT and o.fits and o.settings.type_k == chosen.settings.type_k]
-    if rivals and chosen.name != FIT:
+    if rivals and chosen.name != FIT and known(chosen.estimate):
         rival = min(rivals, key=lambda o: o.seconds)
         told.append(f"llama.cpp's --fit would take {ratio(rival.seconds, chosen.seconds)} for this workload")
     return told
 
 
-def on_the_drive(model: ModelInfo, made: Plan, paged: tuple[int, int], mapped: Plan) -> str:
-    """What stays on the drive, and what a mapped file would come to."""
+def known(estimate: Estimate) -> bool:
+    """Whether it is of speeds that somebody measured or published, so that it can be told."""
+    return estimate.provenance.get("CPU") != ASSUMED
+
+
+def on_the_drive(made: Plan, paged: tuple[int, int], stays: int, mapped: Plan, budget: Budget) -> str:
+    """What is left on the drive, and what a mapped file would come to.
+
+    Args:
+        paged: bytes of experts and of other weights that ``made`` leaves there.
+        stays: bytes of these others that are in RAM all the time.
+    """
     assert made.tier is not None
     experts, dense = paged
     parts = []
@@ -61,10 +83,12 @@ def on_the_drive(model: ModelInfo, made: Plan, paged: tuple[int, int], mapped: P
         held = _share(made.tier.expert_bytes, experts)
         parts.append(f"{gib(experts)} of experts, of which RAM holds {held} at a time")
     if dense:
-        held = _share(made.tier.dense_bytes, dense)
-        parts.append(f"{gib(dense)} of other weights, of which {held} stay in RAM")
-    told = f"RAM is too small for {gib(model.nbytes)} of weights: on the drive are {', and '.join(parts)}"
-    if made.estimate is not None and mapped.estimate is not None:
+        parts.append(f"{gib(dense)} of other weights, of which {_share(stays, dense)} stay in RAM")
+    needed = sum(row.total_bytes for row in mapped.memory if row.device in ("CPU", PROCESS))
+    has = budget.ram_beside(mapped.memory) + budget.process
+    told = f"{gib(needed)} would be needed in RAM, which has {gib(max(0, has))}: on the drive are "
+    told += ", and ".join(parts)
+    if made.estimate is not None and mapped.estimate is not None and known(made.estimate):
         longer = ratio(mapped.estimate.seconds, made.estimate.seconds)
         told += f"; mapping the file instead, as llama.cpp does, would take {longer}"
     return told
@@ -100,7 +124,11 @@ def attention_first(question: Question, place: Placement) -> str:
 def _where(question: Question, chosen: Option, rows: Sequence[DeviceMemory], asked: Settings) -> str:
     model, names = question.model, listed(question.devices)
     if not question.devices:
-        return "no GPU here: all weights and the KV cache in RAM"
+        return (
+            "no GPU here: all on the CPU"
+            if chosen.paged
+            else "no GPU here: all weights and the KV cache in RAM"
+        )
     if chosen.name.startswith(EVERYTHING):
         told = f"everything fits on {listed(chosen.placement.devices)}"
         return f"{told}: nothing to decide" if chosen.settings.type_k == asked.type_k else told
@@ -143,8 +171,12 @@ def settings(chosen: Settings, asked: Settings) -> list[str]:
     told = []
     if chosen.n_ubatch != asked.n_ubatch:
         told.append(
-            f"micro-batch {chosen.n_ubatch} instead of {asked.n_ubatch}: fewer passes over the weights while the "
-            "prompt is computed"
+            f"micro-batch {chosen.n_ubatch} instead of {asked.n_ubatch}: "
+            + (
+                "fewer passes over the weights while the prompt is computed"
+                if chosen.n_ubatch > asked.n_ubatch
+                else "computing takes less RAM, of which there is little"
+            )
         )
     if chosen.type_k != asked.type_k:
         told.append(
@@ -240,9 +272,11 @@ def what_would_help(search: Search, options: Sequence[Option]) -> str:
     quantized = dataclasses.replace(asked, type_k="q8_0", type_v="q8_0")
     if asked.type_k == "f16" and asked.flash_attention != "off" and search.possible(quantized):
         helps.append("a KV cache in q8_0 (--cache-type-k q8_0 --cache-type-v q8_0)")
-    mapped = dataclasses.replace(asked, load_mode="mmap")
-    if not search.pageable(asked) and search.possible(mapped):
-        helps.append("reading weights from the drive as they are needed (--load-mode mmap)")
+    least = min(_LEAST_UBATCH, asked.n_ubatch)
+    if least < asked.n_ubatch and search.possible(dataclasses.replace(asked, n_ubatch=least)):
+        helps.append(f"a smaller micro-batch (--ubatch {least})")
+    if not search.pageable(asked) and search.possible(dataclasses.replace(asked, load_mode="auto")):
+        helps.append("leaving weights on the drive and reading them as they are needed (--load-mode auto)")
     return f"{line}; what would help: {', or '.join(helps)}" if helps else line
 
 

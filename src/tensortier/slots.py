@@ -1,5 +1,5 @@
-"""How many experts a budget of RAM holds: the rule of native/sharing.cpp once more, for planning, which loads no native
-library. The tests hold the two against each other.
+"""How many experts a budget of RAM holds, and how much of other weights: the rules of native/sharing.cpp and
+native/dense_store.cpp once more, for planning, which loads no native library. The tests hold them against each other.
 
 The store shares its memory out among slots for experts that stay, of each layer as many as of any other, and a few
 places for parts of those that pass through. What an expert takes depends on where it lies in the file, because whole
@@ -19,6 +19,7 @@ from tensortier.types import ModelInfo, Tensor
 SECTOR = 4096
 _LINE = 64  # of the processor's cache: the least that parts of a slot are aligned to
 _PASSING_BYTES, _PASSING_SHARE = 24 << 20, 8  # as in sharing.cpp
+_RING_WEIGHTS, _RING_BYTES, _RING_SHARE = 2, 32 << 20, 4  # as in dense_store.cpp
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,38 @@ def capacities(layers: Sequence[Layer], used: int, policy: str, nbytes: int) -> 
             counts[i] += 1
             left -= layer.slot_bytes
     return tuple(counts)
+
+
+def dense_stays(tensors: Sequence[Tensor], nbytes: int, sector: int = SECTOR) -> int:
+    """Bytes of weights, of those that are used whole, that stay in RAM. The rest of the room is a ring through which
+    the others pass: whatever it holds is read again for the next token.
+
+    Args:
+        tensors: the weights on the drive that are no experts', in the order of use.
+        nbytes: the budget for them (``types.Tier.dense_bytes``).
+        sector: bytes that the drive reads at least.
+    """
+    areas = [_area(tensor, sector) for tensor in tensors]
+    total = sum(areas)
+    if nbytes >= total:
+        return sum(tensor.nbytes for tensor in tensors)
+    ring = min(nbytes, max(_RING_WEIGHTS * max(areas), min(_RING_BYTES, nbytes // _RING_SHARE)))
+    room = nbytes - ring
+    # evenly over the order of use, and then what rounding left over
+    stay, taken, due = set[int](), 0, 0.0
+    for i, area in enumerate(areas):
+        due += room / total * area
+        if taken + area <= room and taken + area / 2 <= due:
+            stay.add(i)
+            taken += area
+    for i, area in enumerate(areas):
+        if i not in stay and taken + area <= room:
+            stay.add(i)
+            taken += area
+    return sum(tensors[i].nbytes for i in stay)
+
+
+def _area(tensor: Tensor, sector: int) -> int:
+    """Bytes that a whole weight takes in RAM: whole sectors."""
+    end = -(-(tensor.offset + tensor.nbytes) // sector) * sector
+    return -(-(end - tensor.offset // sector * sector) // SECTOR) * SECTOR

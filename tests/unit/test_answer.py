@@ -54,7 +54,7 @@ def test_each_answer_has_its_own_figures() -> None:
     paged.now = after(paged.now, 10, 40, 1 << 30, 1.0, 0.25)
     paged.now = dataclasses.replace(paged.now, dense_uses=4, dense_hits=1)
     assert found.line() == (
-        "; drive: 1.0 GiB at 1.1 GB/s, 25% of experts found in RAM, 25% of other weights found in RAM, 0.2 s waited"
+        "; drive: 1.0 GiB at 1.1 GB/s, 25% of experts found in RAM, 25% of other weights there in time, 0.2 s waited"
     )
     assert found.line() == "; drive: 0 B, 0.0 s waited"
 

@@ -68,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "deciding": {
         *("types", "errors", "explain", "gguf", "library", "hardware", "formulas", "workloads", "placement"),
         *("rates", "memory", "measuring", "planner", "planid", "paging", "routing", "simulate"),
+        *("budget", "pageable"),
     },
     "_llama": {"types", "errors", "backends", "placement", "planfile"},
     "pageable": {"types"},

@@ -51,6 +51,29 @@ def test_a_dense_model_leaves_whole_matrices(skeleton: Callable[[str], Path]) ->
     assert {o.device for o in made.placement.overrides} == {"TIER"}
 
 
+def test_the_output_stays_where_it_would_make_the_ring_large(skeleton: Callable[[str], Path]) -> None:
+    """Llama-70B's output has 0.86 GB, its other matrices at most 0.19: a ring for two of it would hold 1.7 GB back."""
+    path = skeleton("llama-3.3-70b-q4_k_m")
+    model = gguf.read(path)
+    reads = []
+    for ram in (4 * GIB, 16 * GIB):
+        made, _ = planned(path, ram)
+        assert made is not None and made.tier is not None
+        where = placement.resolve(model, made.placement, {})
+        paged = [t for t in model.tensors if where[t.name] == "TIER"]
+        assert "output.weight" not in {t.name for t in paged}
+        read = sum(t.nbytes for t in paged) - paging.dense_stays(model, made, {})
+        # what RAM has room for, less the ring, is not read
+        firm = sum(t.nbytes for t in model.tensors) - sum(t.nbytes for t in paged)
+        room = made.tier.dense_bytes - 2 * max(t.nbytes for t in paged)
+        assert sum(t.nbytes for t in model.tensors) - firm - room <= read * 1.001
+        assert read <= sum(t.nbytes for t in model.tensors) - firm - room + max(t.nbytes for t in paged)
+        estimate = paging.estimate(model, made, dataclasses.replace(RATES, drive=Speed(1e9)), WORK, {})
+        assert read / 0.95e9 <= 1 / estimate.decode_tokens_per_second <= 1.5 * read / 0.95e9
+        reads.append(read)
+    assert reads[1] < reads[0]
+
+
 def test_too_little_ram_for_what_cannot_leave_it(skeleton: Callable[[str], Path]) -> None:
     made, _ = planned(skeleton("llama-3.3-70b-q4_k_m"), 1 * GIB)
     assert made is None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from bench import plan_grid
 
-from tensortier import budget, catalogue, cost, gguf, memory, placement, planner, rates, workloads
+from tensortier import budget, catalogue, cost, gguf, measuring, memory, placement, planner, rates, workloads
 from tensortier.errors import UsageError
 from tensortier.gains import gains
 from tensortier.levels import levels
@@ -197,7 +197,7 @@ def test_more_than_main_memory_is_paged_and_said(model: Callable[[str], ModelInf
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (Settings(n_ctx=8192, load_mode="none"), "--load-mode mmap"),
+        (Settings(n_ctx=8192, load_mode="none"), "--load-mode auto"),
         (Settings(n_ctx=131072), r"--context \d+"),
         (Settings(n_ctx=65536, flash_attention="on"), "q8_0"),
     ],
@@ -242,6 +242,39 @@ def test_a_plan_with_weights_on_the_drive_says_all_of_it(model: Callable[[str], 
             assert times > 1.2 and other.note.startswith(f"{times:.1f}x slower"), other.note
     advice = [w for w in plan.warnings if "KV cache are in RAM" in w]
     assert advice and "quantized" not in advice[0], "it is quantized already"
+
+
+def test_where_ram_is_short_computing_takes_less_of_it(model: Callable[[str], ModelInfo]) -> None:
+    """Qwen3-30B in 1.9 GiB: with micro-batches of 512 tokens, which take 300 MiB, other weights than experts have to
+    leave RAM too. A micro-batch that was asked for stays."""
+    m = model("qwen3-30b-a3b-q4_k_m")
+    here = catalogue.hypothetical((), 16 << 30, cpu_bandwidth=60, drive="NVMe PCIe 4.0 x4")
+    process = budget.process_bytes(m, Settings())
+    here = dataclasses.replace(here, ram_available=process + (1660 << 20))
+    speeds = rates.from_catalogue(here)
+    asked = Settings(n_ctx=4096)
+    answers = memory.Formulas(m, {})
+    plan = planner.plan(m, here, asked, rates=speeds, open=planner.Open(ubatch=True), answers=answers)
+    assert plan.tier is not None and plan.settings.n_ubatch < 512
+    assert any(reason.startswith(f"micro-batch {plan.settings.n_ubatch}") for reason in plan.reasons)
+    assert sum(row.total_bytes for row in plan.memory) <= here.ram_available
+    fixed = planner.plan(m, here, asked, rates=speeds, answers=answers)
+    assert fixed.settings.n_ubatch == 512
+    assert fixed.estimate is not None and plan.estimate is not None
+    assert fixed.estimate.seconds > plan.estimate.seconds
+
+
+def test_a_ratio_of_assumed_speeds_is_not_told(model: Callable[[str], ModelInfo]) -> None:
+    m = model("qwen3-30b-a3b-q4_k_m")
+    here = catalogue.hypothetical((), 8 << 30, cpu_bandwidth=60, drive="NVMe PCIe 4.0 x4")
+    published = rates.from_catalogue(here)
+    guessed = measuring.assumed(here)
+    assert guessed is not None
+    told = [
+        planner.plan(m, here, Settings(n_ctx=4096), rates=speeds, answers=memory.Formulas(m, {})).reasons[0]
+        for speeds in (published, guessed)
+    ]
+    assert ["mapping the file instead" in reason for reason in told] == [True, False]
 
 
 def test_graphics_that_share_main_memory_are_counted_in_what_is_left(

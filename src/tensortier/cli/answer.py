@@ -105,10 +105,11 @@ class DriveMeter:
         )
         speed = f" at {nbytes / busy / 1e9:.1f} GB/s" if busy > 0 else ""
         parts = [f"{readable_size(nbytes)}{speed}"]
-        for what, (hits, uses) in (("experts", _experts(after)), ("other weights", _others(after))):
-            old_hits, old_uses = _experts(before) if what == "experts" else _others(before)
-            if uses > old_uses:
-                parts.append(f"{(hits - old_hits) / (uses - old_uses):.0%} of {what} found in RAM")
+        # other weights pass through RAM in a known order: what counts is whether they came before they were needed
+        for told, count in (("experts found in RAM", _experts), ("other weights there in time", _others)):
+            hits, uses = (new - old for new, old in zip(count(after), count(before), strict=True))
+            if uses > 0:
+                parts.append(f"{hits / uses:.0%} of {told}")
         parts.append(f"{after.stall_seconds - before.stall_seconds:.1f} s waited")
         return f"; drive: {', '.join(parts)}"
 

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 
 def make_plan(wish: Wish, *, quiet: bool = False) -> Planned:
-    """``deciding.make_plan``. ``quiet``: no word and no bar while the machine is measured."""
-    return deciding.make_plan(wish, functools.partial(_measured, quiet=quiet), warn)
+    """``deciding.make_plan``, which has to keep the budget of main memory. ``quiet``: no word and no bar while the
+    machine is measured."""
+    planned = deciding.make_plan(wish, functools.partial(_measured, quiet=quiet), warn)
+    deciding.check_ram(planned)
+    return planned
 
 
 def warn(text: str) -> None:
