@@ -6,7 +6,8 @@ import { CurveView, table } from "./curve.js";
 import { $, el, setList, setText } from "./dom.js";
 import { Exporting } from "./exporting.js";
 import { Finding } from "./finding.js";
-import { bytes, digits } from "./format.js";
+import { bytes, digits, isolated } from "./format.js";
+import { figures, Loaded } from "./loaded.js";
 import { TensorMap } from "./map.js";
 import { get, onKeyNeeded, post, stream } from "./server.js";
 
@@ -23,6 +24,7 @@ const page = {
   plans: new Map(), // step -> promise of its plan
   asking: null, // the AbortController of the curve under way
   loaded: [], // as the server tells
+  lost: false, // it does not tell any more
   measuring: false,
   applied: null, // {id, curve, step} of the plan that was applied here
 };
@@ -34,8 +36,9 @@ const curveView = new CurveView($("curve"), $("curve-legend"), (step) => {
   moveTo(step);
 });
 const chat = new Chat(() => ready()?.model ?? ($("model").disabled ? null : $("model").value));
-const finding = new Finding(onDownloaded, useModel);
-new Exporting(planHere, complain);
+const finding = new Finding(onDownloaded, useModel, choice);
+const loaded = new Loaded($("loaded"), (text) => complain(text, "loading"));
+new Exporting(withPlan, complain);
 
 // --- what is chosen
 
@@ -54,7 +57,7 @@ async function loadModels(select) {
   $("find").hidden = !found.downloads;
   const list = $("model");
   const wanted = select ?? (list.disabled ? found.served : list.value);
-  list.replaceChildren(...page.models.map((m) => el("option", { value: m.id, disabled: Boolean(m.error), text: m.error ? `${m.id}: ${m.error}` : `${m.id} (${[m.quantization, bytes(m.size)].join(", ")})` })));
+  list.replaceChildren(...page.models.map((m) => el("option", { value: m.id, disabled: Boolean(m.error), text: m.error ? `${isolated(m.id)}: ${m.error}` : `${isolated(m.id)} (${[m.quantization, bytes(m.size)].join(", ")})` })));
   const known = page.models.find((m) => m.id === wanted && !m.error) ?? page.models.find((m) => !m.error);
   list.disabled = !known;
   if (known) list.value = known.id;
@@ -97,9 +100,11 @@ function showMachine(machine) {
   setText($("machine"), parts.join(" · "));
   const workload = $("workload");
   const told = { chat: "chat", code: "code", "long-document": "long documents", agent: "agents" };
+  const before = workload.value;
   workload.replaceChildren(...Object.entries(machine.workloads).map(([name, w]) => el("option", { value: name, title: `${w.prompt} tokens of prompt and ${w.output} of answer after ${w.depth}`, text: told[name] ?? name })));
+  if (before in machine.workloads) workload.value = before;
   setText($("measure-seconds"), String(machine.measure_seconds));
-  for (const warning of machine.warnings) complain(warning);
+  complain(machine.warnings, "machine");
 }
 
 function offerContexts(model) {
@@ -224,6 +229,21 @@ function planHere() {
   return page.plans.get(step);
 }
 
+/** What `use(plan)` makes of the plan for the slider's position. The server keeps plans for a while only, and none over
+    its end: where it does not know this one any more, it is made again. */
+async function withPlan(use) {
+  const { plans, step } = page;
+  const known = plans.has(step);
+  const plan = await planHere();
+  try {
+    return await use(plan);
+  } catch (error) {
+    if (!known || error.status !== 400 || step !== page.step) throw error;
+    plans.delete(step);
+    return use(await planHere());
+  }
+}
+
 // --- loading
 
 function ready() {
@@ -237,10 +257,12 @@ async function apply() {
   $("load-progress").removeAttribute("value");
   try {
     const { curve, step } = page;
-    const plan = await planHere();
-    if (step === page.step) showWhy(plan.reasons, plan.warnings);
-    page.applied = { id: plan.id, curve, step };
-    await post("api/load", { plan: plan.id });
+    complain("", "choice");
+    await withPlan(async (plan) => {
+      if (step === page.step) showWhy(plan.reasons, plan.warnings);
+      page.applied = { id: plan.id, curve, step };
+      await post("api/load", { plan: plan.id });
+    });
   } catch (error) {
     page.applied = null;
     $("apply").disabled = false;
@@ -255,10 +277,12 @@ function showLoads() {
   const chosen = page.curve?.model.id;
   const now = page.loaded.find((one) => one.phase !== "unloading") ?? page.loaded[0];
   const pill = $("state");
-  setText(pill, now ? `${now.model}: ${PHASES[now.phase]}${now.phase === "loading" ? ` ${Math.round(100 * now.fraction)} %` : ""}` : "no model loaded");
+  setText(pill, now ? `${isolated(now.model)}: ${PHASES[now.phase]}${now.phase === "loading" ? ` ${Math.round(100 * now.fraction)} %` : ""}` : "no model loaded");
   document.title = now?.phase === "ready" ? `${now.model} · tensortier` : "tensortier";
   pill.className = `pill ${now?.phase ?? "none"}`;
-  setText($("chat-model"), now ? `with ${now.model}` : "");
+  const talking = ready() ?? now;
+  setText($("chat-model"), talking ? `with ${isolated(talking.model)}` : "");
+  loaded.show(page.loaded);
   const mine = page.loaded.find((one) => one.model === chosen && one.phase !== "unloading");
   const busy = mine && (mine.phase === "planning" || mine.phase === "loading");
   $("apply").disabled = Boolean(busy) || !page.curve;
@@ -281,28 +305,25 @@ function showLoads() {
   $("load-text").className = mine.phase === "failed" ? "error" : "";
 }
 
+/** The head shows the model that the chat is with; the list of loaded models, where there are several, all of them. */
 function showLive(models) {
   const node = $("live");
-  node.hidden = !models.length;
-  const rows = models.flatMap((m) => {
-    const found = [
-      ["tokens/s", digits(m.tokens_per_second)],
-      ["answers", m.waiting ? `${m.active} + ${m.waiting} waiting` : String(m.active)],
-      ["context", `${Math.round((100 * m.context_used) / Math.max(1, m.context))} %`],
-    ];
-    if (m.drive) {
-      found.push(["from RAM", m.drive.hit_rate === null ? "–" : `${Math.round(100 * m.drive.hit_rate)} %`]);
-      found.push(["drive", `${digits(m.drive.bytes_per_second / 1e6)} MB/s`]);
-    }
-    return found;
-  });
-  setList(node, rows);
+  const talking = ready()?.model;
+  const mine = models.find((m) => m.model === talking) ?? models[0];
+  node.hidden = !mine;
+  setList(node, mine ? figures(mine) : []);
+  loaded.tell(models);
 }
 
 // --- words
 
-function complain(text) {
-  $("notice").replaceChildren(...(text ? [el("p", { class: "notice error", text })] : []));
+const said = new Map(); // what it is about -> lines
+
+/** Shows `text`, a line or several, in place of what was said before `about` the same. The machine's lines are no errors. */
+function complain(text, about = "choice") {
+  said.set(about, [text].flat().filter(Boolean));
+  const rows = [...said].flatMap(([key, lines]) => lines.map((line) => el("p", { class: key === "machine" ? "aside" : "notice error", text: line })));
+  $("notice").replaceChildren(...rows);
 }
 
 // --- events
@@ -316,7 +337,12 @@ const HEARD = {
     if (planned && page.curve && !page.curve.measured) askForCurve();
   },
   stats: ({ models }) => showLive(models),
-  downloads: ({ downloads }) => finding.show(downloads),
+  downloads: ({ downloads }) => {
+    finding.show(downloads);
+    const running = downloads.filter((d) => d.phase === "downloading" && d.total);
+    const [done, total] = ["done", "total"].map((key) => running.reduce((sum, d) => sum + d[key], 0));
+    setText($("find"), running.length ? `Downloading, ${Math.floor((100 * done) / total)} %` : "Find more …");
+  },
   measuring: ({ fraction, warnings }) => {
     const running = fraction !== null;
     const ended = page.measuring && !running;
@@ -324,7 +350,7 @@ const HEARD = {
     $("measure-progress").hidden = !running;
     $("measure-progress").value = fraction ?? 0;
     showLoads();
-    for (const warning of warnings) complain(warning);
+    complain(warnings, "measuring");
     if (ended) askForCurve();
   },
 };
@@ -336,16 +362,35 @@ async function listen() {
     const look = () => document.hidden && leaving.abort();
     document.addEventListener("visibilitychange", look);
     try {
-      for await (const { event, data } of stream("api/events", { signal: leaving.signal })) HEARD[event]?.(JSON.parse(data));
-    } catch (error) {
-      if (error.name !== "AbortError") {
-        setText($("state"), error.status === 0 ? "the server does not answer" : error.message);
-        $("state").className = "pill failed";
+      for await (const { event, data } of stream("api/events", { signal: leaving.signal })) {
+        if (page.lost) await cameBack();
+        HEARD[event]?.(JSON.parse(data));
       }
+      if (!document.hidden) gone("the server has ended");
+    } catch (error) {
+      if (error.name !== "AbortError") gone(error.status ? error.message : "the server does not answer");
     }
     document.removeEventListener("visibilitychange", look);
     if (!document.hidden) await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
   }
+}
+
+/** Nothing is known of the server: what it told last is not shown as if it were so. */
+function gone(why) {
+  page.lost = true;
+  page.loaded = [];
+  showLoads();
+  showLive([]);
+  setText($("state"), why);
+  $("state").className = "pill failed";
+}
+
+/** It is there again, perhaps another one: with other models, and without the plans that were made. */
+async function cameBack() {
+  page.lost = false;
+  page.plans = new Map();
+  complain("");
+  await beginning();
 }
 
 /** Browsers have few connections to one server: a tab that nobody sees leaves them to the others. */
@@ -396,16 +441,17 @@ function wire() {
   for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close());
 }
 
-async function begin() {
-  wire();
-  listen();
+/** Asks for the machine, the models and the curve of the chosen one, as far as they are not there. */
+async function beginning() {
   try {
     const [machine] = await Promise.all([get("api/machine"), loadModels()]);
     showMachine(machine);
-    if (!$("model").disabled) await askForCurve();
+    if (!$("model").disabled && page.curve?.model.id !== $("model").value) await askForCurve();
   } catch (error) {
     complain(error.message);
   }
 }
 
-begin();
+wire();
+listen();
+beginning();

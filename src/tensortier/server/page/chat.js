@@ -1,17 +1,19 @@
 // The conversation: streamed, stopped, edited, made again. Answers are rendered as Markdown while they come.
 
 import { $, el, setText } from "./dom.js";
-import { digits } from "./format.js";
+import { digits, isolated } from "./format.js";
 import { render } from "./markdown.js";
 import { streamPost } from "./server.js";
 
 const RENDER_MS = 60; // between renderings of an answer that grows
+const KEPT = "tensortier-chat"; // in the tab's storage: a conversation outlives a reload, and ends with the tab
+const OPTIONS = ["system", "temperature", "max-tokens"];
 
 export class Chat {
   /** `model()` gives the name of the model to talk to, or null. */
   constructor(model) {
     this.model = model;
-    this.messages = []; // {role, content, node, stats}
+    this.messages = []; // {role, content, who, told, node}
     this.running = null; // the AbortController of the answer under way
     this.list = $("messages");
     this.status = $("chat-status");
@@ -29,8 +31,49 @@ export class Chat {
     $("chat-clear").addEventListener("click", () => this.clear());
     this.list.addEventListener("click", (event) => {
       const source = event.target.closest?.("[data-copy]");
-      if (source) copy(source.dataset.copy, (text) => this.say(text));
+      if (source) copy(source.dataset.copy, (text) => shortly(source, text, (said) => this.say(said)));
     });
+    this.#restore();
+    window.addEventListener("pagehide", () => this.#keep());
+    window.addEventListener("beforeunload", () => {
+      this.leaving = true; // answers under way are broken off by the browser
+      setTimeout(() => (this.leaving = false), 3000); // unless it stays after all
+    });
+  }
+
+  /** What was said before the page was loaded again. */
+  #restore() {
+    let kept;
+    try {
+      kept = JSON.parse(sessionStorage.getItem(KEPT) ?? "null");
+    } catch {
+      kept = null; // not ours
+    }
+    if (!kept) return;
+    for (const id of OPTIONS) $(id).value = kept.options?.[id] ?? $(id).value;
+    for (const { role, content, who, told } of kept.messages ?? []) {
+      const message = this.#add(role, String(content), String(who));
+      if (role === "assistant") {
+        show(message);
+        this.#controls(message, told ?? "stopped");
+      }
+    }
+  }
+
+  #keep() {
+    const messages = this.messages.map(({ role, content, who, told }) => ({ role, content, who, told }));
+    const options = Object.fromEntries(OPTIONS.map((id) => [id, $(id).value]));
+    try {
+      sessionStorage.setItem(KEPT, JSON.stringify({ messages, options }));
+    } catch {
+      sessionStorage.removeItem(KEPT); // more than a tab may store: half a conversation would be another one
+    }
+  }
+
+  /** Tells what keeps a message from being sent. */
+  #problem(text) {
+    setText($("chat-problem"), text);
+    $("chat-problem").hidden = !text;
   }
 
   say(text) {
@@ -40,7 +83,9 @@ export class Chat {
   clear() {
     this.stop();
     this.messages = [];
-    this.list.replaceChildren($("chat-empty") ?? el("p", { class: "empty", id: "chat-empty", text: "Nothing said yet." }));
+    this.list.replaceChildren($("chat-empty") ?? el("p", { class: "empty", id: "chat-empty", text: "Nothing said yet. What you write stays on this machine." }));
+    this.#problem("");
+    this.#keep();
     $("chat-input").focus();
   }
 
@@ -48,8 +93,10 @@ export class Chat {
     const input = $("chat-input");
     const text = input.value.trim();
     if (!text || this.running) return;
+    this.#problem(this.model() ? "" : "There is no model to talk to yet: find one above, and apply it.");
+    if (!this.model()) return;
     input.value = "";
-    this.#add("user", text);
+    this.#add("user", text, "You");
     this.#answer();
   }
 
@@ -68,13 +115,12 @@ export class Chat {
     for (const message of this.messages.splice(index)) message.node.remove();
   }
 
-  #add(role, content) {
+  #add(role, content, who) {
     $("chat-empty")?.remove();
-    const message = { role, content };
+    const message = { role, content, who };
     message.body = el("div", { class: "message-body" });
     message.foot = el("div", { class: "message-foot" });
-    const who = role === "user" ? "You" : this.model() ?? "Model";
-    message.node = el("article", { class: `message ${role}`, "aria-label": who }, el("h3", { class: "message-who", text: who }), message.body, message.foot);
+    message.node = el("article", { class: `message ${role}`, "aria-label": who }, el("h3", { class: "message-who", text: isolated(who) }), message.body, message.foot);
     this.messages.push(message);
     this.list.append(message.node);
     if (role === "user") {
@@ -126,12 +172,11 @@ export class Chat {
   }
 
   async #answer() {
-    if (!this.model()) {
-      this.say("Choose a model first.");
-      return;
-    }
+    this.#problem(this.model() ? "" : "There is no model to talk to: load one above.");
+    if (!this.model()) return;
     const request = this.#request();
-    const message = this.#add("assistant", "");
+    const message = this.#add("assistant", "", this.model());
+    this.#keep();
     message.node.classList.add("running");
     message.node.setAttribute("aria-busy", "true");
     this.#busy(true);
@@ -147,7 +192,7 @@ export class Chat {
       for await (const { data } of streamPost("v1/chat/completions", request, this.running.signal)) {
         if (data === "[DONE]") break;
         const chunk = JSON.parse(data);
-        if (chunk.error) throw new Error(chunk.error.message);
+        if (chunk.error) throw Object.assign(new Error(chunk.error.message), { code: chunk.error.code });
         usage = chunk.usage ?? usage;
         const choice = chunk.choices?.[0];
         if (!choice) continue;
@@ -162,10 +207,10 @@ export class Chat {
       }
       if (!message.content && !ended) throw new Error("the server ended the answer before it began");
     } catch (error) {
-      if (error.name === "AbortError") ended = "stopped";
+      if (error.name === "AbortError" || this.leaving) ended = "stopped";
       else {
         ended = "failed";
-        message.error = error.message;
+        message.error = reason(error);
       }
     }
     this.running = null;
@@ -175,6 +220,7 @@ export class Chat {
     message.node.removeAttribute("aria-busy");
     this.#foot(message, { began, first, pieces, usage, ended });
     this.#scroll();
+    this.#keep();
   }
 
   #foot(message, { began, first, pieces, usage, ended }) {
@@ -188,14 +234,20 @@ export class Chat {
       if (tokens > 1 && spent > 0) told.push(`${digits((tokens - 1) / spent)} tokens/s`);
       told.push(`first after ${digits((first - began) / 1000)} s`);
     }
-    const index = () => this.messages.indexOf(message);
-    message.foot.replaceChildren(
-      el("button", { type: "button", class: "quiet", text: "Regenerate", onclick: () => this.regenerate(index()) }),
-      el("button", { type: "button", class: "quiet", text: "Copy", onclick: () => copy(visible(message.content).answer, (text) => this.say(text)) }),
-      el("span", { class: "muted", text: told.join(" · ") }),
-    );
+    if (ended === "failed") told.unshift("failed");
+    message.told = told.join(" · ");
+    this.#controls(message, message.told);
     if (message.error) message.body.append(el("p", { class: "error", role: "alert", text: message.error }));
     this.say({ failed: "The answer failed.", stopped: "Stopped." }[ended] ?? "The answer is complete.");
+  }
+
+  /** What can be done with an answer, and what is told of it. */
+  #controls(message, told) {
+    message.told = told;
+    const again = el("button", { type: "button", class: "quiet", text: "Regenerate", onclick: () => this.regenerate(this.messages.indexOf(message)) });
+    const take = el("button", { type: "button", class: "quiet", text: "Copy" });
+    take.addEventListener("click", () => copy(visible(message.content).answer, (text) => shortly(take, text, (said) => this.say(said))));
+    message.foot.replaceChildren(again, take, el("span", { class: "muted", text: told }));
   }
 
   #busy(busy) {
@@ -208,6 +260,20 @@ export class Chat {
     const { scrollTop, scrollHeight, clientHeight } = this.list;
     if (always || scrollHeight - scrollTop - clientHeight < 120) this.list.scrollTop = scrollHeight;
   }
+}
+
+/** An error of an answer, and what to do about it. */
+function reason(error) {
+  if (error.code === "context_length_exceeded") return "This conversation is longer than the context that the model was loaded with. Choose a longer context above and apply it, shorten a message, or begin a new chat.";
+  return error instanceof TypeError ? "The connection to the server ended in the middle of the answer." : error.message; // as fetch says it
+}
+
+/** Shows on a button for a moment what became of it, and says it. */
+function shortly(button, text, say) {
+  say(text);
+  if (text !== "Copied.") return;
+  button.textContent = "Copied";
+  setTimeout(() => (button.textContent = "Copy"), 1500);
 }
 
 /** What a model thought before it answered, and the answer. */

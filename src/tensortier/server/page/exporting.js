@@ -5,9 +5,9 @@ import { copy } from "./chat.js";
 import { get } from "./server.js";
 
 export class Exporting {
-  /** `plan()` gives a promise of the plan that is shown. */
-  constructor(plan, complain) {
-    this.plan = plan;
+  /** `withPlan(use)` gives a promise of what `use` makes of the plan that is shown. */
+  constructor(withPlan, complain) {
+    this.withPlan = withPlan;
     this.complain = complain;
     $("elsewhere").addEventListener("click", () => this.open());
     $("save-plan").addEventListener("click", () => this.save());
@@ -19,9 +19,14 @@ export class Exporting {
   async open() {
     $("export-text").textContent = "Making the plan …";
     $("export-dialog").showModal();
-    if (!$("target").options.length) {
-      const { targets } = await get("api/targets");
-      $("target").append(...targets.map(({ name, text }) => el("option", { value: name, text: `${name}: ${text}` })));
+    try {
+      if (!$("target").options.length) {
+        const { targets } = await get("api/targets");
+        $("target").append(...targets.map(({ name, text }) => el("option", { value: name, text: `${name}: ${text}` })));
+      }
+    } catch (error) {
+      $("export-text").textContent = error.message;
+      return;
     }
     await this.show();
   }
@@ -31,8 +36,7 @@ export class Exporting {
     $("export-lost").replaceChildren();
     $("export-files").replaceChildren();
     try {
-      const { id } = await this.plan();
-      const made = await get(`api/export/${encodeURIComponent($("target").value)}?plan=${id}&shell=${$("shell").value}`);
+      const made = await this.withPlan(({ id }) => get(`api/export/${encodeURIComponent($("target").value)}?plan=${id}&shell=${$("shell").value}`));
       const files = Object.entries(made.files);
       $("export-text").textContent = made.command || files.map(([, content]) => content).join("\n");
       $("export-files").replaceChildren(...files.map(([name, content]) => el("button", { type: "button", text: `Save ${name}`, onclick: () => download(name, content) })));
@@ -44,8 +48,8 @@ export class Exporting {
 
   async save() {
     try {
-      const { id } = await this.plan();
-      download("plan.json", `${JSON.stringify(await get(`api/plans/${id}`), null, 2)}\n`);
+      const plan = await this.withPlan(({ id }) => get(`api/plans/${id}`));
+      download("plan.json", `${JSON.stringify(plan, null, 2)}\n`);
     } catch (error) {
       this.complain(error.message);
     }

@@ -1,15 +1,17 @@
 // Search for models on the hub, and their downloads.
 
 import { $, el } from "./dom.js";
-import { bytes, digits } from "./format.js";
+import { bytes, digits, isolated, seconds } from "./format.js";
 import { get, post, remove } from "./server.js";
 
 const OVER = ["done", "failed", "cancelled"];
 
 export class Finding {
-  /** `onDone(download)` is called once for each download that is complete, `onUse(path)` when somebody wants such a model. */
-  constructor(onDone, onUse) {
+  /** `onDone(download)` is called once for each download that is complete, `onUse(path)` when somebody wants such a model;
+      `choice()` gives what is chosen of context, KV cache and workload. */
+  constructor(onDone, onUse, choice) {
     this.onDone = onDone;
+    this.choice = choice;
     this.onUse = onUse;
     this.rows = new Map();
     this.done = new Set();
@@ -29,7 +31,8 @@ export class Finding {
     status.textContent = "Searching …";
     $("found").replaceChildren();
     try {
-      const { models } = await get(`api/search?q=${encodeURIComponent(words)}`);
+      const { models, room } = await get(`api/search?q=${encodeURIComponent(words)}`);
+      this.room = room;
       const usable = models.filter((m) => m.files.length || m.error);
       status.textContent = usable.length ? `${usable.length} found` : "Nothing with GGUF files was found.";
       $("found").replaceChildren(...usable.map((model) => this.#repository(model)));
@@ -43,9 +46,28 @@ export class Finding {
     if (model.gated) about.push("its terms have to be accepted on the hub first");
     const files = model.files.map((file) => {
       const button = el("button", { type: "button", text: "Download", "aria-label": `Download ${file.label} of ${model.repo}`, onclick: () => this.#start(model.repo, file.name, button) });
-      return el("li", {}, el("span", { class: "file", text: file.label }), el("span", { class: "muted", text: file.missing ? `${file.missing} parts are missing` : bytes(file.size) }), file.missing ? null : button);
+      const about = el("p", { class: "forecast", role: "status" });
+      const ask = el("button", { type: "button", text: "How fast here?", "aria-label": `How fast ${file.label} of ${model.repo} would be here`, onclick: () => this.#forecast(model, file, ask, about) });
+      const size = el("span", { class: "muted", text: file.missing ? `${file.missing} parts are missing` : bytes(file.size) });
+      return el("li", {}, el("span", { class: "file", text: isolated(file.label) }), size, ...(file.missing ? [] : [ask, button, about]));
     });
     return el("li", {}, el("details", {}, el("summary", {}, el("b", { text: model.repo }), el("span", { class: "muted", text: ` ${about.join(" · ")}` })), model.error ? el("p", { class: "error", text: model.error }) : el("ul", {}, ...files)));
+  }
+
+  /** What a file would do on this machine, from its first bytes: nothing of it is kept. */
+  async #forecast({ repo, revision }, file, button, about) {
+    button.disabled = true;
+    about.classList.remove("error");
+    about.textContent = "Reading the beginning of the file …";
+    try {
+      const found = await post("api/forecast", { ...this.choice(), repo, revision, model: file.name });
+      about.replaceChildren(...told(found, file.size > this.room ? this.room : null));
+    } catch (error) {
+      about.classList.add("error");
+      about.textContent = error.message;
+    } finally {
+      button.disabled = false;
+    }
   }
 
   async #start(repo, file, button) {
@@ -114,4 +136,17 @@ export class Finding {
     const { rate } = this.rates.get(download.id);
     return rate > 0 ? `, ${digits(rate / 1e6)} MB/s` : "";
   }
+}
+
+/** A forecast in words; `room` is what is free on the drive, where that is too little. */
+function told({ fits, drive, memory, estimate, context }, room) {
+  const held = memory.reduce((sum, [, ...sizes]) => sum + sizes.reduce((a, b) => a + b, 0), 0);
+  const where = fits ? `Fits: it takes ${bytes(held)} of memory` : `Larger than memory: ${bytes(drive)} of it are read from the drive as they are needed`;
+  const words = [`${where}, with ${context.toLocaleString("en")} tokens of context. `];
+  if (estimate) {
+    const [middle, low, high] = estimate.decode;
+    words.push(el("b", { text: `${digits(middle)} tokens/s` }), ` (${digits(low)} to ${digits(high)}); reads the prompt at ${digits(estimate.prefill[0])}; one answer takes ${seconds(estimate.seconds)}.`);
+  } else words.push("How fast it would be is known once this machine was measured.");
+  if (room !== null) words.push(" ", el("span", { class: "error", text: `Only ${bytes(room)} are free on the drive.` }));
+  return words;
 }

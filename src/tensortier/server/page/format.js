@@ -39,3 +39,9 @@ export function place(device) {
   if (device === "CPU") return "RAM";
   return device === "TIER" ? "drive" : device;
 }
+
+/** A name as a run of its own: one that is written from right to left, or that holds marks of direction, does not
+    reorder what stands around it. */
+export function isolated(name) {
+  return /^[\x20-\x7e]*$/.test(name) ? name : `\u2068${name}\u2069`;
+}

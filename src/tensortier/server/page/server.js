@@ -16,9 +16,10 @@ function headers(more) {
 }
 
 export class ServerError extends Error {
-  constructor(message, status) {
+  constructor(message, status, code) {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -38,7 +39,10 @@ async function request(path, options) {
       sessionStorage.setItem(KEY, await asking);
       continue;
     }
-    if (!response.ok) throw new ServerError(await reason(response), response.status);
+    if (!response.ok) {
+      const { message, code } = await reason(response);
+      throw new ServerError(message, response.status, code);
+    }
     return response;
   }
 }
@@ -47,9 +51,9 @@ async function reason(response) {
   const plain = `The server answered with ${response.status}.`;
   try {
     const body = await response.json();
-    return body.error?.message || body.detail?.[0]?.msg || plain;
+    return { message: body.error?.message || plain, code: body.error?.code };
   } catch {
-    return plain;
+    return { message: plain };
   }
 }
 
