@@ -264,7 +264,7 @@ def _cause(option: Option, winner: Option) -> str:
 def what_would_help(search: Search, options: Sequence[Option]) -> str:
     """One line for a model that cannot run here: how much is missing, and what would change that."""
     asked = search.choices[0]
-    lacking = min(_missing(option, search.budget) for option in options if not option.over)
+    lacking = max(MIB, min(_missing(option, search.budget) for option in options if not option.over))
     line = f"this model does not fit in memory: {gib(lacking)} of main memory are missing"
     helps = []
     if context := _longest(search, formulas.context_of(search.model, asked)):
