@@ -4,6 +4,7 @@ takes the answer apart."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ For each function call, return a json object with function name and arguments wi
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""  # for models whose template knows no tools; the format is Hermes'
 _CHATML_END = "<|im_end|>"
+_MOST_REPEATS = 2000  # in a grammar, as llama.cpp has it
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
+_REPEATED = re.compile(r"(?:\{|,)\s*([0-9]{1,400})")  # numbers in {n}, {n,} and {n,m} of a pattern
 
 
 @dataclass(frozen=True)
@@ -259,12 +263,32 @@ def _converter() -> Any:
 
 def _rule(converter: Any, schema: Any, name: str, what: str) -> str:
     """The name of the rule for a schema, which the converter has then."""
+    _check_repeats(schema, what)
     try:
         copied = json.loads(json.dumps(schema))  # the converter writes into what it is given
         rule: str = converter.visit(converter.resolve_refs(copied, name or "stdin"), name)
     except Exception as exc:  # the translator asserts, looks up and casts what it was given
         raise UsageError(f"the {what} cannot be used: {exc or type(exc).__name__}") from exc
     return rule
+
+
+def _check_repeats(schema: Any, what: str) -> None:
+    """UsageError for lengths that the translator would write out: a billion characters take all memory."""
+    if isinstance(schema, list):
+        for part in schema:
+            _check_repeats(part, what)
+    if not isinstance(schema, Mapping):
+        return
+    for key, value in schema.items():
+        most = value if key in _COUNTS and isinstance(value, (int, float)) else 0
+        if key == "pattern" and isinstance(value, str):
+            most = max((int(number) for number in _REPEATED.findall(value) if number), default=0)
+        if most > _MOST_REPEATS:
+            raise UsageError(
+                f"the {what} cannot be used: {key} asks for {most:g}, at most {_MOST_REPEATS} can be"
+            )
+        if key not in ("enum", "const", "default", "examples"):
+            _check_repeats(value, what)
 
 
 def _literal(text: str) -> str:

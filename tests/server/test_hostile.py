@@ -167,6 +167,56 @@ def test_wrong_values_that_only_the_engine_sees(server: ServerProcess) -> None:
     refused(post(server, {"model": "smollm2", "input": "x", "encoding_format": "hex"}, "/v1/embeddings"), 400)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 20_000},
+        {"type": "string", "maxLength": 10**9},
+        {"type": "string", "minLength": 10**300},
+        {"type": "array", "items": {"type": "boolean"}, "minItems": 10**8},
+        {"type": "object", "properties": {"maxItems": {"type": "array", "items": {}, "maxItems": 50_000}}},
+        {"type": "string", "pattern": "^(ab){1000000000}$"},
+        {"type": "string", "pattern": "^a{1,99999}$"},
+        {"type": "string", "pattern": "^" + "(" * 5000 + "a" + ")" * 5000 + "$"},
+        {"enum": ["x" * 1000] * 500},
+        {"$ref": "http://127.0.0.1:1/x"},
+        {"$ref": "file:///etc/passwd"},
+        {"anyOf": []},
+        [],
+        7,
+    ],
+)
+def test_schemas_that_would_end_or_fill_the_process(server: ServerProcess, schema: Any) -> None:
+    """llama.cpp's parser goes as deep as a grammar nests, and a length is written out in brackets."""
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    refused(post(server, CHAT | {"response_format": asked}), 400)
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    refused(post(server, CHAT | {"tools": [tool], "tool_choice": "required"}), 400)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "root ::= " + "(" * 100_000 + '"a"' + ")" * 100_000,
+        "root ::= " + '"(" [(] ' + "(" * 3000 + '"a"' + ")" * 3000,
+        'root ::= "' + "x" * 300_000 + '"',
+        'root ::= ("")*',
+        'root ::= root "a"',
+        "root ::= nothing",
+        'root ::= "a\0"',
+        'root ::= "a"{3000000000}',
+    ],
+)
+def test_grammars_that_would_end_the_process(server: ServerProcess, grammar: str) -> None:
+    refused(post(server, CHAT | {"grammar": grammar}), 400)
+
+
+def test_long_schemas_and_brackets_in_texts_are_taken(server: ServerProcess) -> None:
+    for schema in ({"type": "string", "maxLength": 1000}, {"enum": ["(" * 5000]}):
+        asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        assert post(server, CHAT | {"response_format": asked})[0] == 200
+
+
 def test_harmless_fields_are_taken(server: ServerProcess) -> None:
     harmless = {
         "user": "me",

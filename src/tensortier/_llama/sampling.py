@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import threading
 from typing import Any
@@ -19,6 +20,11 @@ from tensortier.types import Sampling, TokenLogprob
 _PENALISED = 64  # tokens of the answer that penalties look back on, llama.cpp's default
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _NO_PENALTIES = (1.0, 0.0, 0.0)
+_LONGEST_GRAMMAR = 1 << 18  # characters
+_DEEPEST_GRAMMAR = 2100  # brackets; of nested options llama.cpp takes 1000
+_BRACKETS = re.compile(
+    r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|[()]', re.DOTALL
+)  # or texts, which have some too
 _stderr = threading.Lock()  # only one thread at a time may take the process's standard error away
 
 
@@ -119,6 +125,7 @@ def _grammar(loaded: Loaded, text: str) -> Any:
     bindings = llama()
     if not text.strip():  # llama.cpp takes it for no grammar at all
         raise UsageError("the grammar is not valid GBNF: it is empty")
+    _check_size(text)
     if "\0" in text:
         raise UsageError(
             "the grammar is not valid GBNF: it holds a NUL character, where llama.cpp would stop reading"
@@ -135,6 +142,21 @@ def _grammar(loaded: Loaded, text: str) -> Any:
         reason = told[0] if told else record.reason("it has no rule named root, or does not parse")
         raise UsageError(f"the grammar is not valid GBNF: {reason}")
     return sampler
+
+
+def _check_size(text: str) -> None:
+    """UsageError for a grammar whose brackets nest so deep that llama.cpp's parser would leave its stack and end the
+    process, or that is so long that each token would take it a second, in which nobody else's is computed."""
+    if len(text) > _LONGEST_GRAMMAR:
+        raise UsageError(
+            f"the grammar has {len(text)} characters, more than {_LONGEST_GRAMMAR}: describe less by it"
+        )
+    depth = deepest = 0
+    for bracket in _BRACKETS.finditer(text):
+        depth += {"(": 1, ")": -1}.get(bracket[0], 0)
+        deepest = max(deepest, depth)
+    if deepest > _DEEPEST_GRAMMAR:
+        raise UsageError(f"the grammar nests {deepest} brackets, more than {_DEEPEST_GRAMMAR}")
 
 
 def logits(loaded: Loaded, row: int) -> NDArray[np.float32]:
