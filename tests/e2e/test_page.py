@@ -212,7 +212,7 @@ def test_a_model_from_the_hub(open_page: Callable[..., Any], server: ServerProce
     page.press("#search", "Enter")
     page.click("#found summary")
     assert not chrome.nameless(page)
-    page.click("#found button")
+    page.click("#found button:has-text('Download')")
     page.wait_for_function("() => document.querySelector('.download progress')?.value > 0.05")
     page.click(".download button:has-text('Stop')")
     page.wait_for_selector(".download >> text=cancelled")
