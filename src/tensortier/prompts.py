@@ -274,21 +274,23 @@ def _rule(converter: Any, schema: Any, name: str, what: str) -> str:
 
 def _check_repeats(schema: Any, what: str) -> None:
     """UsageError for lengths that the translator would write out: a billion characters take all memory."""
-    if isinstance(schema, list):
-        for part in schema:
-            _check_repeats(part, what)
-    if not isinstance(schema, Mapping):
-        return
-    for key, value in schema.items():
-        most = value if key in _COUNTS and isinstance(value, (int, float)) else 0
-        if key == "pattern" and isinstance(value, str):
-            most = max((int(number) for number in _REPEATED.findall(value) if number), default=0)
-        if most > _MOST_REPEATS:
-            raise UsageError(
-                f"the {what} cannot be used: {key} asks for {most:g}, at most {_MOST_REPEATS} can be"
-            )
-        if key not in ("enum", "const", "default", "examples"):
-            _check_repeats(value, what)
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        if not isinstance(part, Mapping):
+            continue
+        for key, value in part.items():
+            most = value if key in _COUNTS and isinstance(value, (int, float)) else 0
+            if key == "pattern" and isinstance(value, str):
+                most = max((int(number) for number in _REPEATED.findall(value)), default=0)
+            if most > _MOST_REPEATS:
+                raise UsageError(
+                    f"the {what} cannot be used: {key} asks for {most:g}, at most {_MOST_REPEATS} can be"
+                )
+            if key not in ("enum", "const", "default", "examples"):
+                parts.append(value)
 
 
 def _literal(text: str) -> str:
