@@ -87,12 +87,8 @@ int Computer::compute(Graph * graph) {
             dense_in_use_.clear();
         }
     }
-    if (nodes_ > 0) { // given up in the middle
-        api().ggml_graph_clear(graph_);
-        nodes_ = 0;
-        tensors_.clear();
-        scratch_.clear();
-        scattered_.clear();
+    if (status != STATUS_SUCCESS && graph_) { // given up in the middle
+        forget_graph();
     }
     let_go();
     return status;
@@ -168,6 +164,14 @@ void Computer::add(const Tensor & node) {
     ++nodes_;
 }
 
+void Computer::forget_graph() {
+    api().ggml_graph_clear(graph_);
+    nodes_ = 0;
+    tensors_.clear();
+    scratch_.clear();
+    scattered_.clear();
+}
+
 // Computes what was gathered; `alone`, without the other threads: to wake them takes longer than what they
 // would save on a little work.
 void Computer::run(bool alone) {
@@ -185,11 +189,7 @@ void Computer::run(bool alone) {
             std::memcpy(row.to, row.from, row.nbytes);
         }
     }
-    api().ggml_graph_clear(graph_);
-    nodes_ = 0;
-    tensors_.clear();
-    scratch_.clear();
-    scattered_.clear();
+    forget_graph();
     if (status == STATUS_ABORTED) {
         throw Aborted();
     }

@@ -42,6 +42,7 @@ private:
     void expert_product(Tensor * node, const Weight & weight);
     void with_dense(Tensor * node);
     void add(const Tensor & node);
+    void forget_graph();
     void run(bool alone = false);
     void wait(double & stalled);
     void hold(Store * store);

@@ -88,13 +88,13 @@ void DenseStore::attach(char * memory) {
     memory_ = memory;
 }
 
-void DenseStore::load() {
+void DenseStore::load(const std::function<bool()> & stop) {
     for (Item & item : items_) {
         if (item.stays && item.state != ReadState::ready) {
             read(item);
         }
     }
-    reader_.drain();
+    reader_.finish_all(stop);
     for (const Item & item : items_) {
         if (item.stays && item.state != ReadState::ready) {
             throw ReadError(reader_.error());

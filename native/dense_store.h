@@ -5,6 +5,7 @@
 #include "reader.h"
 
 #include <deque>
+#include <functional>
 
 namespace tt {
 
@@ -29,8 +30,8 @@ public:
 
     uint64_t nbytes() const { return nbytes_; }
     void attach(char * memory);
-    // Reads all that stays.
-    void load();
+    // Reads all that stays. ReadError where that fails, or where `stop`, asked now and then, says so.
+    void load(const std::function<bool()> & stop);
 
     // Where the weight is, or null while it is not there yet: wait for a read to end and ask again. After
     // `full` is set, ask again when something was given back.

@@ -212,7 +212,8 @@ Pass & ExpertCache::begin(int group, int part, const std::vector<int32_t> & ids,
     return pass;
 }
 
-size_t ExpertCache::warm(const std::vector<std::pair<int32_t, int32_t>> & experts) {
+size_t ExpertCache::warm(const std::vector<std::pair<int32_t, int32_t>> & experts,
+                         const std::function<bool()> & stop) {
     size_t count = 0;
     for (const auto & [group, expert] : experts) {
         if (policy_->resident(group, expert) || free_[global() ? 0 : static_cast<size_t>(group)].empty()) {
@@ -233,6 +234,7 @@ size_t ExpertCache::warm(const std::vector<std::pair<int32_t, int32_t>> & expert
         }
         ++count;
     }
+    reader_.finish_all(stop);
     recover(); // what failed is read again when it is used, and fails then
     return count;
 }

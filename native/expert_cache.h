@@ -91,8 +91,8 @@ public:
     // nothing else passes through.
     void guess(int group, const std::vector<int32_t> & experts, size_t named, size_t most);
     // Fills free slots with experts that are likely to be used: (group, expert), likeliest last. Waits for
-    // the reads, which may fail without consequence. How many were read.
-    size_t warm(const std::vector<std::pair<int32_t, int32_t>> & experts);
+    // the reads, which may fail without consequence. How many were read. ReadError where `stop` says so.
+    size_t warm(const std::vector<std::pair<int32_t, int32_t>> & experts, const std::function<bool()> & stop);
     bool has(int group, int expert) const {
         return group >= 0 && static_cast<size_t>(group) < groups_.size() && expert >= 0 &&
                expert < groups_[static_cast<size_t>(group)].experts;

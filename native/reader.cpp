@@ -20,6 +20,8 @@
 namespace tt {
 namespace {
 
+constexpr int STOP_MILLISECONDS = 50; // between two looks whether somebody wants an end
+
 std::string reason(int64_t error) {
     return std::strerror(static_cast<int>(error));
 }
@@ -88,6 +90,7 @@ Reader::Reader(ReaderOptions options) : options_(std::move(options)) {
 }
 
 Reader::~Reader() {
+    abandon();
     drain();
     pieces_.reset();
     close_files();
@@ -333,6 +336,32 @@ void Reader::advance(int milliseconds) {
 void Reader::drain() {
     while (under_way_ > 0) {
         advance(1000);
+    }
+}
+
+void Reader::abandon() {
+    for (std::deque<Piece *> * queue : {&waiting_, &ahead_}) {
+        for (Piece * piece : *queue) {
+            const size_t index = piece->request;
+            free_pieces_.push_back(piece);
+            active_[index].failed = true;
+            error_ = "reading was given up";
+            if (--active_[index].pieces_left == 0) {
+                finish(index);
+            }
+        }
+        queue->clear();
+    }
+}
+
+void Reader::finish_all(const std::function<bool()> & stop) {
+    while (!idle()) {
+        wait(STOP_MILLISECONDS);
+        if (stop()) {
+            abandon();
+            drain();
+            throw ReadError("loading was cancelled");
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -104,6 +105,11 @@ public:
     // way.
     void wait(int milliseconds) { advance(milliseconds); }
     void drain(); // waits until nothing is under way
+    // What waits to be asked of the drive is not asked any more; it has failed then. The rest goes on.
+    void abandon();
+    // Waits until all is read; ReadError where `stop`, asked now and then, says so: the rest is abandoned
+    // then.
+    void finish_all(const std::function<bool()> & stop);
     bool idle() const { return requests_under_way_ == 0; }
 
     // Of these reads, and of what is computed between them.

@@ -238,18 +238,18 @@ void Store::hide(Weight & weight, Tensor * tensor) {
     hidden_.push_back(&weight);
 }
 
-void Store::loaded() {
+void Store::loaded(const std::function<bool()> & stop) {
     for (Weight * weight : hidden_) {
         std::copy(weight->shape, weight->shape + MAX_DIMS, weight->tensor->ne);
     }
     hidden_.clear();
     const std::lock_guard<std::mutex> lock(mutex);
     if (dense_) {
-        dense_->load();
+        dense_->load(stop);
     }
 }
 
-size_t Store::warm(const int32_t * pairs, size_t count) {
+size_t Store::warm(const int32_t * pairs, size_t count, const std::function<bool()> & stop) {
     if (!experts_) {
         return 0;
     }
@@ -260,7 +260,7 @@ size_t Store::warm(const int32_t * pairs, size_t count) {
             wanted.emplace_back(group, expert);
         }
     }
-    return experts_->warm(wanted);
+    return experts_->warm(wanted, stop);
 }
 
 void Store::forget_tensors() {

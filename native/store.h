@@ -62,9 +62,9 @@ public:
     // Takes a tensor's shape away, so that llama.cpp, which reads as many bytes as a tensor has, reads none.
     void hide(Weight & weight, Tensor * tensor);
     // Gives all of them their shape back, and reads what always stays.
-    void loaded();
+    void loaded(const std::function<bool()> & stop);
     // Reads experts into free slots, as ExpertCache::warm; what the model does not have is left out.
-    size_t warm(const int32_t * pairs, size_t count);
+    size_t warm(const int32_t * pairs, size_t count, const std::function<bool()> & stop);
     // The model is gone.
     void forget_tensors();
 

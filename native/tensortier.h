@@ -179,14 +179,17 @@ TT_API void * tt_tier_buffer_type(void * tier);
 // `error`, where the device cannot be registered.
 TT_API void * tt_tier_planned_buffer_type(char * error, size_t error_size);
 
-// To be called once, when llama.cpp has loaded the model and before a context is made of it. Returns 0, or 1
-// with one line in `error`.
-TT_API int tt_tier_loaded(void * tier, char * error, size_t error_size);
+// Asked now and then while much is read: not 0 where nobody wants it any more. Null: always wanted.
+typedef int32_t (*tt_tier_stop)(void);
+
+// To be called once, when llama.cpp has loaded the model and before a context is made of it. Reads the
+// weights that stay. Returns 0, or 1 with one line in `error`.
+TT_API int tt_tier_loaded(void * tier, tt_tier_stop stop, char * error, size_t error_size);
 
 // Reads experts that are likely to be used into free slots: pairs of (group, expert), likeliest last. Returns
 // how many were read, or -1 with one line in `error`.
-TT_API int64_t tt_tier_warm(void * tier, const int32_t * pairs, int64_t count, char * error,
-                            size_t error_size);
+TT_API int64_t tt_tier_warm(void * tier, const int32_t * pairs, int64_t count, tt_tier_stop stop,
+                            char * error, size_t error_size);
 
 // The experts that stay now, in the order that tt_tier_warm takes: writes up to `capacity` pairs and returns
 // how many there are, or 0 where there is no memory to list them.

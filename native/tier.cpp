@@ -41,6 +41,10 @@ template <typename Function> int guarded(char * error, size_t error_size, Functi
     return 1;
 }
 
+std::function<bool()> asking(tt_tier_stop stop) {
+    return [stop] { return stop && stop() != 0; };
+}
+
 } // namespace
 
 void * tt_tier_open(const tt_tier_config * config, char * error, size_t error_size) {
@@ -67,16 +71,17 @@ void * tt_tier_planned_buffer_type(char * error, size_t error_size) {
     return planned ? &planned->type : nullptr;
 }
 
-int tt_tier_loaded(void * tier, char * error, size_t error_size) {
-    return guarded(error, error_size, [&] { handle(tier).store->loaded(); });
+int tt_tier_loaded(void * tier, tt_tier_stop stop, char * error, size_t error_size) {
+    return guarded(error, error_size, [&] { handle(tier).store->loaded(asking(stop)); });
 }
 
-int64_t tt_tier_warm(void * tier, const int32_t * pairs, int64_t count, char * error, size_t error_size) {
+int64_t tt_tier_warm(void * tier, const int32_t * pairs, int64_t count, tt_tier_stop stop, char * error,
+                     size_t error_size) {
     int64_t read = -1;
     guarded(error, error_size, [&] {
         tt::Store & store = *handle(tier).store;
         const std::lock_guard<std::mutex> lock(store.mutex);
-        read = static_cast<int64_t>(store.warm(pairs, static_cast<size_t>(count)));
+        read = static_cast<int64_t>(store.warm(pairs, static_cast<size_t>(count), asking(stop)));
     });
     return read;
 }

@@ -1,7 +1,8 @@
 """The native tests with the plug-in built under sanitizers: address and undefined behaviour, then thread.
 
-    python scripts/sanitize.py
+    python scripts/sanitize.py [PYTEST_ARGUMENT ...]
 
+Without arguments all of tests/native; with some, such as ``tests/native/test_tier.py -k policy``, what they choose.
 Needs gcc with its sanitizer runtimes (Linux). Exits with 1 when a sanitizer reports anything.
 """
 
@@ -28,7 +29,8 @@ import sys, tensortier._llama as package
 package.__path__.insert(0, sys.argv[1])
 import pytest
 # what the plug-in links to is another thing with a sanitizer in it
-sys.exit(pytest.main(["-p", "no:cacheprovider", "-k", "not links_to", "tests/native"]))
+LINKS = "tests/native/test_plugin.py::test_links_to_nothing_but_the_runtime"
+sys.exit(pytest.main(["-p", "no:cacheprovider", "--deselect", LINKS, *(sys.argv[2:] or ["tests/native"])]))
 """
 
 
@@ -51,7 +53,9 @@ def main() -> int:
         found = [library_path(name) for name in (runtime, "libstdc++.so")]
         environment = {**os.environ, **options, "LD_PRELOAD": " ".join(found)}
         print(f"--- {sanitizer}", flush=True)
-        done = subprocess.run([sys.executable, "-c", TESTS, str(folder)], cwd=ROOT, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", TESTS, str(folder), *sys.argv[1:]], cwd=ROOT, env=environment
+        )
         if done.returncode:
             failed.append(sanitizer)
     print(f"failed: {', '.join(failed)}" if failed else "clean")

@@ -150,7 +150,7 @@ class Engine:
 
         def before_context() -> None:
             if self._paged:
-                self._paged.loaded()
+                self._paged.loaded(cancel.is_set)
 
         loaded = Loaded(
             self.plan,

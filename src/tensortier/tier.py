@@ -6,12 +6,13 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensortier import gguf, placement, routing, warmstart
 from tensortier._llama.tierlib import (
+    STOP,
     GroupCounts,
     PolicySetup,
     TierConfig,
@@ -20,7 +21,7 @@ from tensortier._llama.tierlib import (
     TierTensor,
     tier_library,
 )
-from tensortier.errors import LoadError, OutOfMemory, PlanError, UsageError
+from tensortier.errors import Cancelled, LoadError, OutOfMemory, PlanError, UsageError
 from tensortier.pageable import DEVICE, EXPERT_WEIGHT, ORDER, can_page
 from tensortier.types import ModelInfo, Plan, Role, Tensor, TierLayerStats, TierStats
 from tensortier.types import Tier as Settings
@@ -192,23 +193,31 @@ class PagedWeights:
             raise UsageError("the weights on the drive are closed")
         return self._handle
 
-    def loaded(self) -> None:
+    def loaded(self, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Gives the model its weights on the drive, and reads what always stays in RAM; then the experts that stayed
-        the last time.
+        the last time. ``cancelled`` is asked meanwhile.
 
         Raises:
             LoadError: that could not be read.
+            Cancelled: nobody wants it any more.
         """
         error = ctypes.create_string_buffer(1024)
-        if self._library.tt_tier_loaded(self._open_handle(), error, len(error)):
+        stop = STOP(cancelled)
+
+        def fail() -> None:
+            if cancelled():
+                raise Cancelled("loading was cancelled")
             raise LoadError(error.value.decode(errors="replace"))
+
+        if self._library.tt_tier_loaded(self._open_handle(), stop, error, len(error)):
+            fail()
         if not self._warm_start or not self._groups:
             return
         experts = warmstart.read(self._model, self.shape)
         pairs = (ctypes.c_int32 * (2 * len(experts)))(*(number for pair in experts for number in pair))
-        count = self._library.tt_tier_warm(self._open_handle(), pairs, len(experts), error, len(error))
+        count = self._library.tt_tier_warm(self._open_handle(), pairs, len(experts), stop, error, len(error))
         if count < 0:
-            raise LoadError(error.value.decode(errors="replace"))
+            fail()
         self._warm_experts = count
 
     def take_error(self) -> str:

@@ -133,6 +133,44 @@ def test_a_resident_weight_that_cannot_be_read(smollm2_path: Path) -> None:
     paged.close()
 
 
+def test_loading_can_be_cancelled(smollm2_path: Path, small_path: Path) -> None:
+    """While what stays is read, which may be many gigabytes: what was not asked for yet is not read."""
+    plan = runs.tier_plan(smollm2_path, runs.DENSE, dense_bytes=100 << 20, queue_depth=1, read_bytes=4096)
+    paged = PagedWeights(plan)
+    with pytest.raises(Cancelled):
+        paged.loaded(lambda: True)
+    assert 0 < paged.stats().drive_bytes < 1 << 20
+    paged.close()
+
+
+def test_a_load_that_fails_leaves_nothing(small_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each step: before llama.cpp loads the model, after that, and while what stays is read."""
+    with Engine(least_plan(small_path)) as engine:
+        text(engine)
+    files, tasks, before = entries("/proc/self/fd"), entries("/proc/self/task"), resident()
+    plan = least_plan(small_path, reader="threads")
+    original = PagedWeights.loaded
+
+    def unreadable(self: PagedWeights, *_: object) -> None:
+        original(self)
+        raise LoadError("the drive is gone")
+
+    for _ in range(10):
+        monkeypatch.setattr(PagedWeights, "loaded", unreadable)
+        with pytest.raises(LoadError, match="the drive is gone"):
+            Engine(plan)
+        monkeypatch.setattr(PagedWeights, "loaded", original)
+        stop = threading.Event()
+        stop.set()
+        with pytest.raises(Cancelled):
+            Engine(plan, cancel=stop)
+        with pytest.raises(PlanError, match="n_ctx"):
+            Engine(replace(plan, settings=replace(plan.settings, n_ctx=1 << 31)))
+    assert entries("/proc/self/fd") == files
+    assert entries("/proc/self/task") <= tasks
+    assert resident() - before < 32 << 20
+
+
 # --- plans that cannot be
 
 
@@ -249,6 +287,20 @@ def test_cancelled_while_reading(moe_path: Path) -> None:
         assert time.perf_counter() - started < 3
         timer.join()
         assert text(engine) == before
+        # nothing is kept for a request that was given up, whenever that was
+        files, tasks, held = entries("/proc/self/fd"), entries("/proc/self/task"), resident()
+        for tenths in range(20):
+            pieces = engine.complete(PROMPT * 40, Sampling(temperature=0.0))
+            timer = threading.Timer(tenths / 100, engine.cancel)
+            timer.start()
+            with pytest.raises(Cancelled):
+                for _ in pieces:
+                    pass
+            timer.join()
+        assert text(engine) == before
+        assert entries("/proc/self/fd") == files
+        assert entries("/proc/self/task") <= tasks
+        assert resident() - held < 16 << 20
 
 
 def test_closed_in_the_middle_of_a_request(moe_path: Path) -> None:

