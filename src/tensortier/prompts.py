@@ -287,7 +287,7 @@ def _check_repeats(schema: Any, what: str) -> None:
                 most = max((int(number) for number in _REPEATED.findall(value)), default=0)
             if most > _MOST_REPEATS:
                 raise UsageError(
-                    f"the {what} cannot be used: {key} asks for {most:g}, at most {_MOST_REPEATS} can be"
+                    f"the {what} cannot be used: {key} asks for {most!s:.20}, at most {_MOST_REPEATS} can be"
                 )
             if key not in ("enum", "const", "default", "examples"):
                 parts.append(value)
