@@ -316,6 +316,26 @@ def test_a_server_with_a_key_asks_for_it(browser: Any, tmp_path: Path) -> None:
         context.close()
 
 
+def test_the_slider_of_the_largest_model(
+    browser: Any, skeleton: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """1025 tensors in 61 layers."""
+    (tmp_path / "large.gguf").symlink_to(skeleton("deepseek-v3-q4_k_m"))
+    home = calibrations.measured(tmp_path, hardware.probe())
+    with ServerProcess("smollm2", "--threads", "1", home=home, models=tmp_path) as server:
+        server.ready()
+        page = browser.new_context(viewport=WIDE).new_page()
+        page.set_default_timeout(SECONDS)
+        page.goto(server.url)
+        curve_is_there(page)
+        page.select_option("#model", "large")
+        page.wait_for_function("() => document.querySelectorAll('#map .cell').length > 1000")
+        curve_is_there(page)
+        moves = sorted(move["ms"] for move in page.evaluate(MOVES))
+        assert len(moves) > 10 and moves[-2] < 100
+        page.context.close()
+
+
 def test_a_slider_of_vram(browser: Any, rpc_device: str, tmp_path: Path) -> None:
     """An RPC device stands for a card."""
     home = calibrations.measured(tmp_path, hardware.probe(rpc=[rpc_device]))

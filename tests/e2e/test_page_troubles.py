@@ -17,7 +17,7 @@ from tests.hub_server import Hub
 from tests.server.process import ServerProcess
 
 SECONDS = 30_000  # of patience, in ms
-REPO, FILE = "someone/Moe-GGUF", "Moe-Q4_1.gguf"
+REPO, FILE = "someone/Small-GGUF", "Small-F16.gguf"
 NAME = '<img src=x onerror="document.title=1">'
 
 
@@ -40,10 +40,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory, moe_path: Path) -> Iterator[Hub]:
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Iterator[Hub]:
     with Hub(tmp_path_factory.mktemp("hub")) as running:
-        (running.folder / REPO).mkdir(parents=True)
-        (running.folder / REPO / FILE).symlink_to(moe_path)
+        running.put(REPO, FILE, tiny_path.read_bytes())
         yield running
 
 
@@ -81,7 +80,7 @@ def test_how_fast_a_file_would_be_is_told_before_it_is_downloaded(
     page.goto(server.url)
     curve_is_there(page)
     page.click("#find")
-    page.fill("#search", "moe")
+    page.fill("#search", "small")
     page.press("#search", "Enter")
     page.click("#found summary")
     hub.clear_log()
@@ -89,12 +88,12 @@ def test_how_fast_a_file_would_be_is_told_before_it_is_downloaded(
     page.wait_for_selector(".forecast:has-text('tokens/s')")
     told = page.text_content(".forecast")
     assert told.startswith("Fits: it takes") and "tokens of context" in told
-    assert hub.sent() < 10e6 and not page.locator(".download").count()
+    assert hub.sent() < 7e6 and not page.locator(".download").count()
     assert not chrome.nameless(page) and not page.evaluate(chrome.FAINT)
     hub.faults(status=403)
     page.reload()
     page.click("#find")
-    page.fill("#search", "moe")
+    page.fill("#search", "small")
     page.press("#search", "Enter")
     page.click("#found summary")
     # the header is kept by commit: another file is none that is known
@@ -215,3 +214,39 @@ def test_what_went_wrong_in_measuring_stays_to_be_read(page: Any, server: Server
     page.wait_for_timeout(300)
     curve_is_there(page)
     assert page.locator("#notice .error:has-text('measuring failed: no drive')").count() == 1
+
+
+def test_the_focus_is_never_lost(page: Any, server: ServerProcess) -> None:
+    """Who works by keyboard is not thrown back to the top when the button that was pressed goes or rests."""
+
+    def press(selector: str) -> None:
+        page.focus(selector)
+        page.keyboard.press("Enter")
+
+    def focused() -> str:
+        return page.evaluate("document.activeElement.id || document.activeElement.textContent")
+
+    page.goto(server.url)
+    curve_is_there(page)
+    press("#apply")
+    page.wait_for_selector("#load-text:has-text('this plan is in use')")
+    assert focused() == "apply"
+    page.fill("#chat-input", "Tell me a very long story.")
+    press("#send")
+    page.wait_for_selector(".message.assistant.running")
+    assert focused() == "chat-input"
+    press("#stop")
+    page.wait_for_selector(".message.assistant .message-foot:has-text('stopped')")
+    assert focused() == "chat-input"
+    press(".message.assistant .message-foot button:has-text('Regenerate')")
+    assert focused() == "stop"
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".message.assistant .message-foot:has-text('stopped')")
+    press(".message.user .message-foot button")
+    page.keyboard.press("Escape")
+    assert focused() == "Edit"
+    server.quiet()
+    count = page.locator("#loaded li").count()
+    press("#loaded li button")
+    page.wait_for_function("n => document.querySelectorAll('#loaded li').length < n", arg=count)
+    assert focused() == "model"

@@ -102,5 +102,34 @@ def test_nothing_else_is_served(page: TestClient, path: str) -> None:
     assert page.get(path).status_code == 404
 
 
+PALETTES = re.findall(r":root \{(.*?)\}", (FOLDER / "style.css").read_text(), re.DOTALL)
+
+
+def ratio(one: str, other: str) -> float:
+    """WCAG 2's contrast of two colours."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        r, g, b = (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("palette", PALETTES, ids=["light", "dark"])
+def test_colours_can_be_told_from_what_is_behind_them(palette: str) -> None:
+    colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", palette))
+    words = ["text", "muted", "accent", "error", "good", "warn"]
+    places = [name for name in colors if re.fullmatch(r"gpu\d|ram|drive|control", name)]
+    assert len(places) == 7
+    for behind in ("panel", "bg", "sunken"):
+        for name in words:
+            assert ratio(colors[name], colors[behind]) >= 4.5, (name, behind)
+        for name in places:
+            assert ratio(colors[name], colors[behind]) >= 3, (name, behind)
+    assert ratio(colors["on-accent"], colors["accent"]) >= 4.5
+
+
 def test_it_is_small() -> None:
     assert sum(path.stat().st_size for path in FILES) < 120_000

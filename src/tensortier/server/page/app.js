@@ -3,7 +3,7 @@
 import { Bars, showFigures } from "./bars.js";
 import { Chat } from "./chat.js";
 import { CurveView, table } from "./curve.js";
-import { $, el, setList, setText } from "./dom.js";
+import { $, el, enable, enabled, setList, setText } from "./dom.js";
 import { Exporting } from "./exporting.js";
 import { Finding } from "./finding.js";
 import { bytes, digits, isolated } from "./format.js";
@@ -37,7 +37,7 @@ const curveView = new CurveView($("curve"), $("curve-legend"), (step) => {
 });
 const chat = new Chat(() => ready()?.model ?? ($("model").disabled ? null : $("model").value));
 const finding = new Finding(onDownloaded, useModel, choice);
-const loaded = new Loaded($("loaded"), (text) => complain(text, "loading"));
+const loaded = new Loaded($("loaded"), (text) => complain(text, "loading"), () => $("model").focus());
 new Exporting(withPlan, complain);
 
 // --- what is chosen
@@ -251,7 +251,8 @@ function ready() {
 }
 
 async function apply() {
-  $("apply").disabled = true;
+  if (!enabled($("apply"))) return;
+  enable($("apply"), false);
   setText($("load-text"), "planning …");
   $("load").hidden = false;
   $("load-progress").removeAttribute("value");
@@ -265,7 +266,7 @@ async function apply() {
     });
   } catch (error) {
     page.applied = null;
-    $("apply").disabled = false;
+    enable($("apply"), true);
     $("load").hidden = true;
     complain(error.message);
   }
@@ -285,9 +286,9 @@ function showLoads() {
   loaded.show(page.loaded);
   const mine = page.loaded.find((one) => one.model === chosen && one.phase !== "unloading");
   const busy = mine && (mine.phase === "planning" || mine.phase === "loading");
-  $("apply").disabled = Boolean(busy) || !page.curve;
+  enable($("apply"), !busy && Boolean(page.curve));
   $("load").hidden = !mine || mine.phase === "unloading";
-  $("measure-start").disabled = page.measuring || page.loaded.some((one) => one.phase === "planning" || one.phase === "loading");
+  enable($("measure-start"), !page.measuring && !page.loaded.some((one) => one.phase === "planning" || one.phase === "loading"));
   if (!mine) return;
   const bar = $("load-progress");
   bar.hidden = !busy;
@@ -429,7 +430,7 @@ function wire() {
   $("choices").addEventListener("submit", (event) => event.preventDefault());
   $("budget").addEventListener("input", (event) => moveTo(event.target.value));
   $("apply").addEventListener("click", apply);
-  $("measure-start").addEventListener("click", () => post("api/measure", {}).catch((error) => complain(error.message)));
+  $("measure-start").addEventListener("click", () => enabled($("measure-start")) && post("api/measure", {}).catch((error) => complain(error.message)));
   $("curve-table").addEventListener("toggle", drawTable);
   for (const radio of document.querySelectorAll("input[name=speed]")) {
     radio.addEventListener("change", () => {

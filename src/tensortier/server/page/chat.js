@@ -27,7 +27,10 @@ export class Chat {
         this.send();
       } else if (event.key === "Escape" && this.running) this.stop();
     });
-    $("stop").addEventListener("click", () => this.stop());
+    $("stop").addEventListener("click", () => {
+      this.stop();
+      $("chat-input").focus(); // the button goes away
+    });
     $("chat-clear").addEventListener("click", () => this.clear());
     this.list.addEventListener("click", (event) => {
       const source = event.target.closest?.("[data-copy]");
@@ -96,6 +99,7 @@ export class Chat {
     this.#problem(this.model() ? "" : "There is no model to talk to yet: find one above, and apply it.");
     if (!this.model()) return;
     input.value = "";
+    if (document.activeElement === $("send")) input.focus(); // the button rests meanwhile
     this.#add("user", text, "You");
     this.#answer();
   }
@@ -109,6 +113,7 @@ export class Chat {
     if (this.running) return;
     this.#cut(index);
     this.#answer();
+    if (this.running) $("stop").focus(); // in place of the button that was cut
   }
 
   #cut(index) {
@@ -137,6 +142,7 @@ export class Chat {
     field.value = message.content;
     const leave = () => {
       message.body.textContent = message.content;
+      message.foot.querySelector("button").focus();
     };
     const send = () => {
       const text = field.value.trim();
@@ -215,6 +221,7 @@ export class Chat {
     }
     this.running = null;
     draw(performance.now());
+    if (document.activeElement === $("stop")) $("chat-input").focus();
     this.#busy(false);
     message.node.classList.remove("running");
     message.node.removeAttribute("aria-busy");

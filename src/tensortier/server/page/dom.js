@@ -29,6 +29,16 @@ export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** A button that can be pressed or not. Unlike a disabled one it keeps the focus: who pressed it is not thrown out. */
+export function enable(button, on) {
+  if (on) button.removeAttribute("aria-disabled");
+  else button.setAttribute("aria-disabled", "true");
+}
+
+export function enabled(button) {
+  return button.getAttribute("aria-disabled") !== "true";
+}
+
 /** Terms and values of a <dl>; [term, value, class] each. */
 export function setList(dl, rows) {
   dl.replaceChildren(

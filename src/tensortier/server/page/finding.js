@@ -1,6 +1,6 @@
 // Search for models on the hub, and their downloads.
 
-import { $, el } from "./dom.js";
+import { $, el, enable, enabled } from "./dom.js";
 import { bytes, digits, isolated, seconds } from "./format.js";
 import { get, post, remove } from "./server.js";
 
@@ -56,7 +56,8 @@ export class Finding {
 
   /** What a file would do on this machine, from its first bytes: nothing of it is kept. */
   async #forecast({ repo, revision }, file, button, about) {
-    button.disabled = true;
+    if (!enabled(button)) return;
+    enable(button, false);
     about.classList.remove("error");
     about.textContent = "Reading the beginning of the file …";
     try {
@@ -66,12 +67,13 @@ export class Finding {
       about.classList.add("error");
       about.textContent = error.message;
     } finally {
-      button.disabled = false;
+      enable(button, true);
     }
   }
 
   async #start(repo, file, button) {
-    button.disabled = true;
+    if (!enabled(button)) return false;
+    enable(button, false);
     try {
       await post("api/downloads", { repo, file });
       $("search-status").textContent = "The download has begun.";
@@ -80,7 +82,7 @@ export class Finding {
       $("search-status").textContent = error.message;
       return false;
     } finally {
-      button.disabled = false;
+      enable(button, true);
     }
   }
 

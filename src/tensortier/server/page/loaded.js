@@ -27,8 +27,10 @@ const WORDS = {
 };
 
 export class Loaded {
-  /** `node` gets a row for each model; `complain(text)` is told what went wrong. */
-  constructor(node, complain) {
+  /** `node` gets a row for each model; `complain(text)` is told what went wrong; `elsewhere()` takes the focus of a row
+      that goes. */
+  constructor(node, complain, elsewhere) {
+    this.elsewhere = elsewhere;
     this.node = node;
     this.complain = complain;
     this.rows = new Map();
@@ -46,6 +48,7 @@ export class Loaded {
     }
     for (const [key, row] of this.rows) {
       if (told.has(key)) continue;
+      if (row.node.contains(document.activeElement)) this.elsewhere();
       row.node.remove();
       this.rows.delete(key);
     }
@@ -81,6 +84,7 @@ export class Loaded {
     const loading = phase === "loading" ? `${word}, ${Math.round(100 * fraction)} %` : word;
     setText(row.text, phase === "failed" ? `${word}: ${error}` : phase === "ready" ? size : loading);
     row.text.classList.toggle("error", phase === "failed");
+    if (!action && row.button === document.activeElement) this.elsewhere();
     row.button.hidden = !action;
     setText(row.button, action);
     row.button.setAttribute("aria-label", `${action} ${model}`);
