@@ -20,6 +20,8 @@ from dataclasses import replace
 
 from bench import tier_moe, tier_runs
 
+GUESSES = 4  # what the engine finds to be faster here, after a trial that takes longer than these runs
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -33,7 +35,7 @@ def main() -> None:
     for ratio in map(float, args.ratios.split(",")):
         limit = int(path.stat().st_size / ratio)
         for text, greedy in (("greedy", True), ("forced", False)):
-            job = tier_runs.Job(str(path), tokens=args.tokens, prompt=8, greedy=greedy, warm=8)
+            job = tier_runs.Job(str(path), args.tokens, prompt=8, greedy=greedy, warm=8, guesses=GUESSES)
             ours = tier_runs.with_tier(job, limit)
             theirs = replace(ours, policy="global-lru", reader="threads", queue_depth=8, guesses=0)
             found: dict[str, list[tier_runs.Result]] = {"ours": [], "theirs": []}

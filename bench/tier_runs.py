@@ -78,7 +78,7 @@ class Result:
             f"hits {self.hit_rate:.2f}, stalled {self.stall:.2f}, peak {self.peak / 1e9:.3f} GB, "
             f"load {self.load_seconds:.1f} s, guesses {'on' if self.guessing else 'off'}: "
             f"recall {self.recall:.2f}, precision {self.precision:.2f}"
-            + (f", OTHERS USED {self.others:.2f} CORES" if self.others > 0.1 else "")
+            + (f", OTHERS USED {self.others:.2f} CORES" if self.others > 0.2 else "")
         )
 
 
