@@ -17,6 +17,9 @@ PAGEABLE = ("auto", "mmap")  # load modes that map the file and do not hold it
 KERNELS_GAIN = (
     0.05  # that other kernels than llama.cpp's choice have to bring: measurements are off by as much
 )
+SMALL_UBATCH_GAIN = (
+    0.05  # that computing less at once has to bring: prompts may be longer than the workload says
+)
 QUANTIZED_KV_GAIN = 0.05  # that a quantized KV cache has to bring: it costs a little quality
 
 
@@ -230,11 +233,13 @@ class Search:
     def handicap(self, settings: Settings) -> float:
         """What the time of a plan with these settings is multiplied by when it is compared."""
         asked = self.choices[0]
+        # by one for each choice that needs a reason of its own
+        factor = 1.0 if settings.n_ubatch >= asked.n_ubatch else 1 / (1 - SMALL_UBATCH_GAIN)
         if (settings.type_k, settings.type_v) != (asked.type_k, asked.type_v):
-            return 1 / (1 - QUANTIZED_KV_GAIN)
+            return factor / (1 - QUANTIZED_KV_GAIN)
         if settings.repack != asked.repack:
-            return 1 / (1 - KERNELS_GAIN)
-        return 1.0 if settings == asked else 1 + TIE
+            return factor / (1 - KERNELS_GAIN)
+        return factor if settings == asked or factor > 1 else 1 + TIE
 
     def best(self, options: Sequence[Option]) -> Option | None:
         """The fastest that fits, or of those as good as it the simplest; None where nothing fits."""

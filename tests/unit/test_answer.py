@@ -6,8 +6,8 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
-from tensortier.cli.answer import DriveMeter, tier_json
-from tensortier.types import TierLayerStats, TierStats
+from tensortier.cli.answer import Answer, DriveMeter, speed_line, tier_json
+from tensortier.types import GenerationStats, TierLayerStats, TierStats
 
 NOTHING = TierStats(
     layers=(TierLayerStats(0, 4, 0, 0, 0, 0, 0.0), TierLayerStats(2, 4, 0, 0, 0, 0, 0.0)),
@@ -57,6 +57,14 @@ def test_each_answer_has_its_own_figures() -> None:
         "; drive: 1.0 GiB at 1.1 GB/s, 25% of experts found in RAM, 25% of other weights there in time, 0.2 s waited"
     )
     assert found.line() == "; drive: 0 B, 0.0 s waited"
+
+
+def test_nothing_is_said_of_the_speed_of_a_prompt_that_was_not_finished() -> None:
+    stats = GenerationStats(prompt_tokens=1700, prompt_seconds=2.0, completion_tokens=0)
+    assert speed_line(Answer("", "cancelled", stats)) == "prompt: 1700 tokens, not finished after 2.0 s"
+    assert "850.0 tokens/s" in speed_line(Answer("", "stop", stats))
+    begun = dataclasses.replace(stats, completion_tokens=3)
+    assert "850.0 tokens/s" in speed_line(Answer("abc", "cancelled", begun))
 
 
 def test_a_model_in_memory_has_none() -> None:

@@ -37,6 +37,11 @@ class Answer:
     def cancelled(self) -> bool:
         return self.finish_reason == CANCELLED
 
+    @property
+    def in_prompt(self) -> bool:
+        """Whether it ended before the whole prompt was computed: nothing is known of the prompt's speed then."""
+        return self.cancelled and not self.stats.completion_tokens
+
 
 def stream_answer(worker: EngineThread, ask: Callable[[], Request], *, show: bool) -> Answer:
     """Make the request that ``ask`` makes and gather its text; with ``show`` write it to standard output as it comes,
@@ -73,8 +78,11 @@ def stream_answer(worker: EngineThread, ask: Callable[[], Request], *, show: boo
     return Answer("".join(parts), reason or stats.finish_reason, stats)
 
 
-def speed_line(stats: GenerationStats) -> str:
+def speed_line(answer: Answer) -> str:
     """Prompt and decode speed of one request, on one line, in tokens/s."""
+    stats = answer.stats
+    if answer.in_prompt:
+        return f"prompt: {stats.prompt_tokens} tokens, not finished after {stats.prompt_seconds:.1f} s"
     cached = f" ({stats.cached_tokens} of them cached)" if stats.cached_tokens else ""
     return (
         f"prompt: {stats.prompt_tokens} tokens{cached}, {stats.prompt_tokens_per_second:.1f} tokens/s; "
@@ -162,7 +170,7 @@ def answer_json(engine: Engine, plan: Plan, answer: Answer, *, layers: bool = Fa
             "completion_tokens": stats.completion_tokens,
             "prompt_seconds": stats.prompt_seconds,
             "decode_seconds": stats.decode_seconds,
-            "prompt_tokens_per_second": stats.prompt_tokens_per_second,
+            "prompt_tokens_per_second": 0.0 if answer.in_prompt else stats.prompt_tokens_per_second,
             "decode_tokens_per_second": stats.decode_tokens_per_second,
             "load_seconds": engine.load_seconds,
             "context": engine.n_ctx,

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,9 @@ from tensortier.cli.answer import (
 )
 from tensortier.cli.common import note, progress_bar
 from tensortier.cli.deciding import make_plan
+from tensortier.cli.turn import loading_turn
 from tensortier.cli.worker import EXIT_INTERRUPTED, EngineThread
-from tensortier.deciding import Planned, Wish, given_plan, plan_with_less
+from tensortier.deciding import Planned, Wish, given_plan, plan_with_less, ram_of
 from tensortier.errors import Cancelled, OutOfMemory, PlanError, UsageError
 from tensortier.types import Plan, Sampling
 
@@ -133,15 +134,19 @@ def read_plan(path: Path) -> Plan:
 
 def run_session(request: Request) -> None:
     """Plan, load, answer. Raises ``typer.Exit(130)`` after a Ctrl-C that ended it."""
-    if request.plan is not None:
-        planned, plan = None, given_plan(request.plan, request.wish.model)
-    else:
-        planned = make_plan(request.wish, quiet=request.quiet)
-        plan = planned.plan
-    print_plan(plan, quiet=request.quiet)
     worker = EngineThread()
     try:
-        engine, plan = _load_or_plan_again(plan, planned, worker, request)
+        with ExitStack() as turn:
+            turn.enter_context(loading_turn(quiet=request.quiet))
+            if request.plan is not None:
+                planned, plan = None, given_plan(request.plan, request.wish.model)
+            else:
+                planned = make_plan(request.wish, quiet=request.quiet)
+                plan = planned.plan
+            if not _fills_ram(plan, planned):
+                turn.close()
+            print_plan(plan, quiet=request.quiet)
+            engine, plan = _load_or_plan_again(plan, planned, worker, request)
         try:
             if request.prompt is None:
                 _chat(engine, worker, request)
@@ -151,6 +156,13 @@ def run_session(request: Request) -> None:
             worker.call(engine.close, lambda: None)
     finally:
         worker.close()
+
+
+def _fills_ram(plan: Plan, planned: Planned | None) -> bool:
+    """Whether another that counted the same free RAM would find too little of it."""
+    if plan.tier is not None or planned is None:
+        return plan.tier is not None
+    return 2 * ram_of(plan, planned.hardware) > planned.hardware.ram_available
 
 
 def _load_or_plan_again(
@@ -203,7 +215,7 @@ def _one_shot(engine: Engine, worker: EngineThread, plan: Plan, request: Request
     if request.json:
         print(answer_json(engine, plan, answer, layers=request.verbose))
     if not request.quiet:
-        note(speed_line(answer.stats) + drive.line())
+        note(speed_line(answer) + drive.line())
     if answer.cancelled:
         note("tensortier: interrupted")
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -219,11 +231,11 @@ def _chat(engine: Engine, worker: EngineThread, request: Request) -> None:
         ask = partial(engine.chat, list(messages), request.sampling)
         latest = stream_answer(worker, ask, show=True)
         if not request.quiet:
-            note(speed_line(latest.stats) + drive.line() + ("; interrupted" if latest.cancelled else ""))
+            note(speed_line(latest) + drive.line() + ("; interrupted" if latest.cancelled else ""))
         return Reply(latest.text, latest.cancelled)
 
     def stats() -> list[str]:
-        first = "no answer yet" if latest is None else speed_line(latest.stats)
+        first = "no answer yet" if latest is None else speed_line(latest)
         used = 0 if latest is None else latest.stats.prompt_tokens + latest.stats.completion_tokens
         loaded = f"context: {used} of {engine.n_ctx} tokens; loaded in {engine.load_seconds:.1f} s"
         return [first, loaded, *memory_lines(engine)]

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +16,7 @@ import typer
 from tensortier.cli import options, placing
 from tensortier.cli.answer import stream_answer
 from tensortier.cli.common import note, print_json, progress_bar
+from tensortier.cli.turn import loading_turn
 from tensortier.cli.worker import EXIT_INTERRUPTED, EngineThread
 from tensortier.errors import Cancelled, UsageError
 from tensortier.explain import readable_size
@@ -127,11 +128,14 @@ def trace(
     if not any(t.role.is_routed_expert for t in info.tensors):
         raise UsageError(f"{model} has no routed experts: there is no routing to record")
     settings = options.settings(replace(_SETTINGS, n_ctx=context, threads=threads), batch=None, ubatch=ubatch)
-    plan = _plan(info, settings, ram)
     sampling = Sampling(max_tokens=max_tokens, seed=_SEED)
     worker = EngineThread()
     try:
-        with _loaded(plan, worker, quiet=quiet) as engine, _folder_beside(output) as folder:
+        with ExitStack() as stack:
+            with loading_turn(quiet=quiet):
+                plan = _plan(info, settings, ram)
+                engine = stack.enter_context(_loaded(plan, worker, quiet=quiet))
+            folder = stack.enter_context(_folder_beside(output))
             if not quiet:
                 note("recording ...")
             prompt_tokens, answer_tokens = _record(
@@ -200,11 +204,19 @@ def experts_on_the_drive(
     from tensortier import budget, paging
 
     start = Plan(model.path, settings=replace(settings, load_mode="none"))
-    plan = paging.on_the_drive(model, start, rows, ram - budget.process_bytes(model, settings), {})
+    process = budget.process_bytes(model, settings)
+    spread = paging.OnDrive(model, start, rows, {})
+    plan = spread.within(ram - process)
     if plan is None or plan.tier is None:
-        raise UsageError(
+        told = (
             f"{readable_size(ram)} of RAM are too little for this model, even with its experts on the drive"
         )
+        if spread.least is not None:
+            told += (
+                f": it takes {readable_size(spread.least + process)}, or less with fewer tokens of context (--context) "
+                f"or computed at once (--ubatch) than {settings.n_ctx or model.context_length} and {settings.n_ubatch}"
+            )
+        raise UsageError(told)
     return plan
 
 
