@@ -42,6 +42,8 @@ def test_metrics_count_what_was_done(server: ServerProcess) -> None:
         ]
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="nothing", prompt="x")
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="smollm2", prompt="x", temperature=9)
     after = samples(server)
 
     def more(name: str, *labels: str) -> float:
@@ -49,6 +51,7 @@ def test_metrics_count_what_was_done(server: ServerProcess) -> None:
 
     assert more("tensortier_requests_total", "completions", "200") == 3
     assert more("tensortier_requests_total", "completions", "404") == 1
+    assert more("tensortier_requests_total", "completions", "400") == 1
     told = sum(answer.usage.completion_tokens for answer in answers if answer.usage)
     assert more("tensortier_completion_tokens_total", "smollm2") == told == 15
     assert after["tensortier_model_state", ("smollm2", "ready")] == 1

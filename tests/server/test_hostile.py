@@ -262,6 +262,16 @@ def test_unknown_addresses_and_methods(server: ServerProcess) -> None:
     refused(post(server, CHAT, "/v1/chat"), 404)
     refused(post(server, CHAT, "/v1/../v1/models/../chat"), 404)
     assert refused(server.get("/v1/chat/completions"), 405)["code"] == "method_not_allowed"
+    for path, methods in (
+        ("/v1/chat/completions", "POST"),
+        ("/health", "GET, HEAD"),
+        ("/api/downloads/x", "DELETE"),
+    ):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request("PUT", path, b"x")
+        answer = connection.getresponse()
+        assert (answer.status, answer.headers["Allow"]) == (405, methods)
+        connection.close()
     refused(server.get("/docs"), 404)
     refused(server.get("/openapi.json"), 404)
     for path in ("/../../../../etc/passwd", "/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/..%2f..%2fetc/passwd"):

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 
 from tensortier.deciding import Wish
 from tensortier.errors import TensortierError
@@ -83,11 +83,21 @@ def _http(request: Request, error: Exception) -> Response:
         404: ("there is no such address", "unknown_url"),
         405: ("this address does not take this method", "method_not_allowed"),
     }
-    status = error.status_code
+    status, headers = error.status_code, error.headers
     if isinstance(request.scope.get("endpoint"), PageFiles):  # it gets what no route takes
-        known = any(route.matches(request.scope)[0] is Match.PARTIAL for route in request.app.routes)
-        status = 405 if known else 404
+        allowed = _methods(request)
+        status, headers = (405, {"allow": ", ".join(allowed)}) if allowed else (404, None)
     message, code = messages.get(status, (str(error.detail), None))
     where = f"{request.method} {request.url.path[:200]}"
     problem = Problem(status, f"{where}: {message}", code=code)
-    return problem.response(error.headers)
+    return problem.response(headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """That the address takes, the page's files left out."""
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]
+    return [
+        method
+        for method in ("GET", "HEAD", "POST", "DELETE")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]

@@ -21,7 +21,7 @@ from tensortier.server.limits import Gate
 from tensortier.server.metrics import Metrics
 from tensortier.server.problems import Problem
 from tensortier.server.respond import Answering, Sender, working
-from tensortier.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, parse
+from tensortier.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, T, parse
 from tensortier.server.threads import in_thread
 
 _MOST_INPUTS = 2048  # of one request for embeddings, as OpenAI has it
@@ -35,6 +35,13 @@ def router(host: ModelHost, gate: Gate, metrics: Metrics) -> APIRouter:
     def described(model: LibraryModel) -> dict[str, Any]:
         return {"id": model.name, "object": "model", "created": started, "owned_by": model.source}
 
+    async def parsed(kind: type[T], request: Request, endpoint: str) -> T:
+        try:
+            return parse(kind, await request.body())
+        except Problem as problem:
+            metrics.told(endpoint, False)(problem.status)
+            raise
+
     @routes.get("/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [described(m) for m in await host.look() if not m.error]}
@@ -47,19 +54,19 @@ def router(host: ModelHost, gate: Gate, metrics: Metrics) -> APIRouter:
 
     @routes.post("/chat/completions")
     async def chat(request: Request) -> Response:
-        asked = parse(ChatRequest, await request.body())
+        asked = await parsed(ChatRequest, request, "chat")
         work = partial(_chat, host, gate, asked)
         return Answering(work, metrics.told("chat", asked.stream))
 
     @routes.post("/completions")
     async def completions(request: Request) -> Response:
-        asked = parse(CompletionRequest, await request.body())
+        asked = await parsed(CompletionRequest, request, "completions")
         work = partial(_complete, host, gate, asked)
         return Answering(work, metrics.told("completions", asked.stream))
 
     @routes.post("/embeddings")
     async def embeddings(request: Request) -> Response:
-        asked = parse(EmbeddingRequest, await request.body())
+        asked = await parsed(EmbeddingRequest, request, "embeddings")
         return Answering(partial(_embed, host, gate, asked), metrics.told("embeddings", False))
 
     return routes
