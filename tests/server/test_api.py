@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -165,6 +168,18 @@ def test_the_plan_of_a_position_is_the_curves(page: ServerProcess, moe_path: Pat
         found = planfile.from_dict(text)
         assert status == 200 and Path(found.model).samefile(moe_path)
         assert (found.tier is None) == (step["tensors"]["drive"] == 0)
+
+
+def test_a_plan_that_was_saved_is_what_run_takes(page: ServerProcess, tmp_path: Path) -> None:
+    asked = {"model": "moe", "context": 2048, "kv": "f16"}
+    curve = told(page, "/api/slider", asked)
+    plan = told(page, "/api/plan", {**asked, "budget": curve["steps"][8]["budget"]})
+    saved = tmp_path / "plan.json"
+    saved.write_text(json.dumps(page.get(f"/api/plans/{plan['id']}")[1], indent=2))
+    command = [sys.executable, "-m", "tensortier", "run", "--plan", str(saved), "-p", "Say hi", "-n", "4"]
+    ran = subprocess.run(command, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr
+    assert "on the drive" in ran.stderr
 
 
 def test_exports_of_a_plan(page: ServerProcess) -> None:
