@@ -128,6 +128,45 @@ def test_what_only_has_to_be_asked_again(reader: str, why: int, path: Path, expe
         assert paged.take_error() == ""
 
 
+@pytest.mark.parametrize("experts", [0, 1])
+def test_given_up_in_the_middle(experts: int, path: Path, expected: runs.Floats) -> None:
+    """At any operation, while reads are on their way that nobody needs then: the next request is not disturbed."""
+    asked, limit = 0, 0
+
+    @llama_cpp.ggml_abort_callback
+    def stop(_: object) -> bool:
+        nonlocal asked
+        asked += 1
+        return 0 < limit < asked
+
+    least, everything = runs.expert_bytes(path)
+    plan = runs.tier_plan(
+        path,
+        PATTERN if experts else r"ffn_(up|gate|down)_shexp|attn_(q|k|v|output)\.weight",
+        expert_bytes=(least + everything) // 2 if experts else 0,
+        dense_bytes=200 << 10,
+        queue_depth=2,
+        read_bytes=4096,
+        guesses=experts,
+    )
+    with runs.tiered(plan, abort_callback=stop) as (model, ctx, paged):
+        assert np.array_equal(runs.generate(model, ctx, steps=4), expected)
+        asked = 0
+        assert runs.decode(ctx, [300], 84) == 0
+        of_a_token = asked
+        given_up = 0
+        for wanted in range(1, of_a_token, of_a_token // 12):
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
+            asked, limit = 0, wanted
+            status = runs.decode(ctx, [300])
+            assert status in (0, 2)  # how often it is asked depends on what has to be waited for
+            given_up += status == 2
+            limit = 0
+            assert np.array_equal(runs.generate(model, ctx, steps=1), expected[: len(runs.PROMPT) + 1])
+        assert given_up > 6
+        assert paged.take_error() == ""
+
+
 def test_reads_of_a_thread_that_has_ended(path: Path, expected: runs.Floats) -> None:
     """What it asked for is still on its way when another goes on: the ring of dense weights, and guesses."""
     least, everything = runs.expert_bytes(path)
