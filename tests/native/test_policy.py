@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -194,6 +195,7 @@ def test_traces_that_are_none(numbers: list[int], told: str, tmp_path: Path) -> 
         replay(np.array(numbers, np.int32), "lru", [4, 4], (2, 8))
 
 
+@pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers end the process here")
 def test_more_experts_than_there_is_memory_for() -> None:
     with pytest.raises(UsageError, match="not enough memory to replay"):
         replay(as_trace([(0, [1])]), "lru", [0] * 4096, (4096, 2**31 - 1))
