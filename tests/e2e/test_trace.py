@@ -18,6 +18,7 @@ from tensortier import gguf, routing, slots, tier
 from tensortier.cli import main
 from tensortier.cli.trace import experts_on_the_drive, rows_in_ram
 from tensortier.engine import Engine
+from tensortier.errors import UsageError
 from tensortier.simulate import POLICIES, Outcome, Simulator, evenly, same_room
 from tensortier.tier import PagedWeights
 from tensortier.types import Plan, Sampling, Settings, TierStats
@@ -262,3 +263,15 @@ def test_a_drive_that_fails_leaves_nothing(
     assert captured.err.startswith("tensortier: error: ")
     assert len(captured.err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_least_ram_that_is_told_is_true(moe_path: Path) -> None:
+    """In hundreds of KiB: that much suffices, and a little less does not."""
+    model = gguf.read(moe_path)
+    rows = rows_in_ram(model, SETTINGS)
+    with pytest.raises(UsageError, match=r"it takes [\d.]+ MiB with a context of \d+ tokens") as caught:
+        experts_on_the_drive(model, SETTINGS, rows, 100 << 20)
+    least = float(str(caught.value).split("it takes ")[1].split(" MiB")[0])
+    assert experts_on_the_drive(model, SETTINGS, rows, int((least + 0.1) * 2**20)).tier is not None
+    with pytest.raises(UsageError):
+        experts_on_the_drive(model, SETTINGS, rows, int((least - 0.2) * 2**20))

@@ -213,8 +213,8 @@ def experts_on_the_drive(
         )
         if spread.least is not None:
             told += (
-                f": it takes {readable_size(spread.least + process)}, or less with fewer tokens of context (--context) "
-                f"or computed at once (--ubatch) than {settings.n_ctx or model.context_length} and {settings.n_ubatch}"
+                f": it takes {readable_size(spread.least + process)} with a context of "
+                f"{settings.n_ctx or model.context_length} tokens and micro-batches of {settings.n_ubatch}"
             )
         raise UsageError(told)
     return plan
