@@ -22,6 +22,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"experts": 8, "used": 2, "qtype": "Q4_0"},
     "qwen3moe": {"arch": "qwen3moe", "experts": 16, "used": 4, "qtype": "Q6_K"},
     "qwen2moe, shared experts": {"arch": "qwen2moe", "experts": 8, "used": 3, "shared": 512, "qtype": "Q4_K"},
+    "experts begin anywhere in a sector": {
+        "n_embd": 96,
+        "heads": 3,
+        "kv_heads": 1,
+        "n_ff": 160,
+        "experts": 8,
+        "used": 2,
+        "qtype": "Q4_0",
+    },
     "gpt-oss, biases": {"arch": "gpt-oss", "experts": 8, "used": 2, "qtype": "Q8_0"},
     "qwen3next, gate and up merged": {
         "arch": "qwen3next",

@@ -43,6 +43,10 @@ static int asked(const char * what) {
 ssize_t pread(int fd, void * memory, size_t size, off_t offset) {
     static ssize_t (*real)(int, void *, size_t, off_t);
     if (!real) *(void **) &real = dlsym(RTLD_NEXT, "pread");
+    if (asked("haste")) {
+        static _Atomic unsigned calls;
+        usleep((calls++ * 2654435761u >> 16) % 1500); /* so that later ones may end earlier */
+    }
     if (asked("direct reads") && (fcntl(fd, F_GETFL) & O_DIRECT)) {
         errno = EINVAL;
         return -1;
@@ -115,6 +119,27 @@ try:
         print(json.dumps({**found, "warnings": paged.warnings()}))
 except TensortierError as exc:
     print(json.dumps({"error": str(exc)}))
+"""
+
+
+SLOW_DRIVE = """
+import sys
+from pathlib import Path
+import numpy as np
+from tests import tier_runs as runs
+
+path, expected = Path(sys.argv[1]), np.load(sys.argv[2])
+least, everything = runs.expert_bytes(path)
+pattern = r"_exps\\.weight|ffn_(up|gate|down)_shexp|attn_(q|k|v|output)\\.weight"
+for policy in ("lru", "second-touch", "lfu"):
+    for budget in (least, (least + everything) // 3):
+        plan = runs.tier_plan(
+            path, pattern, expert_bytes=budget, dense_bytes=200 << 10, policy=policy, reader="threads", guesses=8,
+            queue_depth=6, read_bytes=16 << 10,
+        )
+        with runs.tiered(plan) as (model, ctx, paged):
+            for _ in range(3):
+                assert np.array_equal(runs.generate(model, ctx, steps=2), expected), (policy, budget)
 """
 
 
@@ -203,6 +228,21 @@ def test_fewer_threads_than_wanted(run: Callable[..., Any], expected: runs.Float
     assert np.array_equal(logits, expected)
     found, logits = run(reader="threads", threads=0)
     assert found["error"].startswith("no thread can be started to read: ")
+
+
+def test_reads_that_end_in_any_order(path: Path, before: Path, expected: runs.Floats, tmp_path: Path) -> None:
+    """Slowly too: those that nobody needs any more are still under way when others want their place."""
+    np.save(tmp_path / "expected.npy", expected)
+    environment = {**os.environ, "LD_PRELOAD": str(before), "REFUSED": "haste"}
+    arguments = [str(path), str(tmp_path / "expected.npy")]
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_DRIVE, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_file_system_in_memory(path: Path, expected: runs.Floats) -> None:
