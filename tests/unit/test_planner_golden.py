@@ -21,13 +21,14 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "plans"
 DEEP = Workload("256:300:36000", 256, 300, 36000)
 SHORT = Workload("256:300:1000", 256, 300, 1000)
 CHAT = workloads.NAMED["chat"]
+DRIVE = "NVMe PCIe 4.0 x4"
 Q8_40K = Settings(n_ctx=40960, type_k="q8_0", type_v="q8_0", flash_attention="on")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     model: str
-    card: str
+    card: str  # or "none": a laptop whose drive holds what RAM does not
     ram_gib: int
     load: Workload
     settings: Settings | None = None  # None: context, micro-batch and KV type are left open
@@ -45,10 +46,15 @@ CASES = {
     "gemma-2-27b-12gb": Case("gemma-2-27b-q4_k_m", "RTX 3060 12GB", 32, CHAT),
     "gemma-2-27b-16gb": Case("gemma-2-27b-q4_k_m", "RTX 4060 Ti 16GB", 32, CHAT),
     "gemma-2-27b-24gb": Case("gemma-2-27b-q4_k_m", "RTX 4090", 32, CHAT),
+    "mixtral-8x7b-laptop-16gb": Case("mixtral-8x7b-q4_k_m", "none", 16, CHAT),
+    "qwen3-30b-a3b-laptop-16gb": Case("qwen3-30b-a3b-q4_k_m", "none", 16, CHAT),
+    "llama-3.3-70b-laptop-16gb": Case("llama-3.3-70b-q4_k_m", "none", 16, CHAT),
 }
 
 
 def machine(case: Case) -> Hardware:
+    if case.card == "none":
+        return catalogue.hypothetical([], case.ram_gib * GIB, memory="DDR5-5600 x2", drive=DRIVE)
     hardware = catalogue.hypothetical([case.card], case.ram_gib * GIB, memory="DDR5-5600 x2")
     cpu, card = hardware.devices
     taken = dataclasses.replace(card, memory_free=card.memory_free - int(case.in_use * GIB))
@@ -71,7 +77,7 @@ def make(case: Case, model: ModelInfo) -> Plan:
 def render(case: Case, plan: Plan) -> str:
     s, load = plan.settings, case.load
     lines = [
-        f"{case.model} on {case.card}, {case.ram_gib} GiB of DDR5-5600 x2"
+        f"{case.model} on {DRIVE if case.card == 'none' else case.card}, {case.ram_gib} GiB of DDR5-5600 x2"
         + (f", {case.in_use:.0f} GiB of the card in use" if case.in_use else ""),
         f"workload: prompt {load.prompt}, output {load.output}, depth {load.depth}",
         f"context {s.n_ctx}, KV {s.type_k}, micro-batch {s.n_ubatch}, load mode {s.load_mode}",
@@ -116,6 +122,24 @@ def behind(plan: Plan, name: str) -> tuple[float, float]:
     ours = plan.estimate
     assert ours is not None and rival is not None
     return ours.decode_tokens_per_second / rival.decode_tokens_per_second, rival.seconds / ours.seconds
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].card == "none"])
+def test_a_laptop_is_bound_by_its_drive(name: str, skeleton: Callable[[str], Path]) -> None:
+    """No token is faster than the drive gives what RAM cannot hold of what it uses."""
+    case = CASES[name]
+    model = gguf.read(skeleton(case.model))
+    plan = make(case, model)
+    drive = rates.from_catalogue(machine(case)).drive
+    assert plan.tier is not None and plan.estimate is not None and drive is not None
+    assert sum(row.total_bytes for row in plan.memory) <= machine(case).ram_available
+    used = model.n_expert_used / model.n_expert if model.is_moe else 1.0
+    held = plan.tier.expert_bytes + plan.tier.dense_bytes
+    where = placement.resolve(model, plan.placement, {})
+    missed = (sum(t.nbytes for t in model.tensors if where[t.name] == "TIER") - held) * used
+    assert missed > 0
+    assert plan.estimate.decode_tokens_per_second < drive.value / missed
+    assert plan.estimate.decode_tokens_per_second > 0.4 * drive.value / missed or model.is_moe
 
 
 def test_the_known_story(skeleton: Callable[[str], Path]) -> None:
