@@ -125,8 +125,19 @@ except TensortierError as exc:
 SLOW_DRIVE = """
 import sys
 from pathlib import Path
+import llama_cpp
 import numpy as np
 from tests import tier_runs as runs
+
+asked = limit = 0
+
+
+@llama_cpp.ggml_abort_callback
+def stop(_):
+    global asked
+    asked += 1
+    return 0 < limit < asked
+
 
 path, expected = Path(sys.argv[1]), np.load(sys.argv[2])
 least, everything = runs.expert_bytes(path)
@@ -137,8 +148,11 @@ for policy in ("lru", "second-touch", "lfu"):
             path, pattern, expert_bytes=budget, dense_bytes=200 << 10, policy=policy, reader="threads", guesses=8,
             queue_depth=6, read_bytes=16 << 10,
         )
-        with runs.tiered(plan) as (model, ctx, paged):
-            for _ in range(3):
+        with runs.tiered(plan, abort_callback=stop) as (model, ctx, paged):
+            for given_up in (0, 4, 9, 14, 25):  # at which operation a request before it is
+                asked, limit = 0, given_up
+                runs.decode(ctx, [300])
+                limit = 0
                 assert np.array_equal(runs.generate(model, ctx, steps=2), expected), (policy, budget)
 """
 
