@@ -299,7 +299,7 @@ function showLoads() {
   const told = {
     planning: "planning …",
     loading: `loading, ${Math.round(100 * mine.fraction)} %`,
-    ready: here ? "this plan is in use" : ours ? "in use with another position" : "in use, as the server planned it",
+    ready: here ? "this plan is in use" : ours ? "in use with another position" : "in use, by a plan that was not made here",
     failed: mine.error,
   };
   setText($("load-text"), told[mine.phase] ?? "");
