@@ -90,6 +90,9 @@ def main() -> None:
                     threads=args.threads, repack=repack, runs=args.runs,
                 )  # fmt: skip
                 found[tokens] = statistics.median(seconds) / 2 if seconds else float("nan")
+        if np.isnan(reordered[1]):  # ggml would not take the weights
+            print(f"{name}: one token: plain {plain[1] * 1e3:.3f} ms; no reordered kernels on this processor")
+            continue
         reorder = reorder_seconds(TYPES[name], one * EXPERTS, 3)
         if not reorder:
             print(f"{name}: no reordered weights here")
