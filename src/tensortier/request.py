@@ -41,6 +41,7 @@ class Task:
         self.number = 0  # in order of arrival
         self.cancelled = False
         self.ended = False
+        self.lost = 0  # batches in a row that were given up with this request in them
         self.held: Held | None = None  # the sequence it has at the moment
         self.outbox: queue.SimpleQueue[Piece | TensortierError | None] = queue.SimpleQueue()
         self.listener: Listener | None = None

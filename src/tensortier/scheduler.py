@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _HEADROOM = 32  # cells that each sequence must still have when another one is let in
 _RATE_SECONDS = 1.0
+_PATIENCE = 8  # batches that a prompt may lose to others that go
 _KEPT_SHARE = 0.5  # of a kept sequence, to go on with it rather than with a copy of its beginning
 
 
@@ -69,7 +70,7 @@ class Scheduler:
         self._calls: deque[Callable[[], None]] = deque()
         self._arrivals = 0
         self._computing: tuple[Task, ...] = ()
-        self._lost = False  # others have lost the latest batch to somebody who went
+        self._owed = False  # others have lost the latest batch to somebody who went
         self._closing = False
         self._prompt_total = 0
         self._completion_total = 0
@@ -142,14 +143,15 @@ class Scheduler:
 
     def _interrupt(self) -> None:
         """Has llama.cpp give up the batch under way where that is worth it: nobody wants it any more, or it holds
-        the prompt of somebody who has gone. What others lose of it is computed again, and not taken from them a
-        second time, or a few clients that come and go would stop everybody. A recurrent state cannot be computed
+        the prompt of somebody who has gone. What others lose of it is computed again; a prompt that has lost often is
+        left alone once, or clients that come and go would stop it for good. A recurrent state cannot be computed
         again short of its beginning, so there the others' wish goes first."""
         tasks = self._computing
         if not tasks:
             return
         gone = [task for task in tasks if task.cancelled]
-        dear = self._lost or self._loaded.recurrent or self._loaded.hybrid
+        patient = any(task.lost >= _PATIENCE and not task.cancelled for task in tasks)
+        dear = patient or self._loaded.recurrent or self._loaded.hybrid
         long = any(_pending(task) > 1 for task in gone) and not dear
         if self._closing or len(gone) == len(tasks) or long:
             self._abort(True)
@@ -271,6 +273,8 @@ class Scheduler:
         room = min(self._loaded.n_batch, max(self._loaded.n_ubatch, len(tasks)))
         ready = [task for task in tasks if _pending(task) == 1]
         prompts = [task for task in tasks if _pending(task) > 1]
+        if self._owed and ready:
+            prompts = []  # first what was lost and takes little time
         parts: list[tuple[Task, int]] = [(task, 1) for task in ready]
         room -= len(parts)
         self._turn += 1
@@ -318,7 +322,9 @@ class Scheduler:
         with self._lock:
             self._computing = ()
             self._abort(False)
-            self._lost = outcome is Outcome.ABORTED and not all(task.cancelled for task, _ in parts)
+        self._owed = outcome is Outcome.ABORTED
+        for task, _ in parts:
+            task.lost = task.lost + 1 if self._owed else 0
         if outcome is Outcome.DONE:
             for i, (task, n) in enumerate(parts):
                 if isinstance(task, EmbeddingTask):

@@ -56,6 +56,18 @@ def test_clients_that_come_and_go_do_not_stop_others(engine: Engine, monkeypatch
     assert not twice[:-1]  # at the end nobody is left who would lose anything
 
 
+def test_a_prompt_is_computed_while_clients_come_and_go(engine: Engine) -> None:
+    waits = engine.complete("five six seven eight " * 50, Sampling(max_tokens=1))
+    waiting = threading.Thread(target=list, args=(waits,))
+    waiting.start()
+    deadline = time.monotonic() + 60
+    while waiting.is_alive():
+        assert time.monotonic() < deadline
+        long = engine.complete(f"{time.monotonic()} " + "one two three four " * 250, Sampling(max_tokens=1))
+        time.sleep(0.01)
+        long.cancel()
+
+
 def test_many_texts_leave_room_for_others(engine: Engine) -> None:
     texts = [f"Text {number}" for number in range(60)]
     found: list[Any] = []
