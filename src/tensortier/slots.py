@@ -8,6 +8,7 @@ sectors are read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,17 +57,18 @@ def layers_of(model: ModelInfo, paged: Sequence[Tensor], sector: int = SECTOR) -
 
 
 def _areas(tensors: Sequence[Tensor], sector: int) -> tuple[int, ...]:
-    """Bytes that one expert's part takes in RAM, of each tensor: the most that whole sectors make of it."""
+    """Bytes that one expert's part takes in RAM, of each tensor."""
+    return tuple(_part(t.offset, t.nbytes // t.shape[2], t.shape[2], sector) for t in tensors)
+
+
+@functools.lru_cache(maxsize=1 << 12)  # a planner asks for each choice of settings
+def _part(offset: int, one: int, experts: int, sector: int) -> int:
+    """Bytes that ``one`` expert's part of a tensor takes in RAM: the most that whole sectors make of it."""
     alignment = max(sector, _LINE)
-    areas = []
-    for tensor in tensors:
-        one = tensor.nbytes // tensor.shape[2]
-        area = tensor.offset % sector + one
-        for expert in range(tensor.shape[2]):
-            begin = tensor.offset + expert * one
-            area = max(area, -(-(begin + one) // sector) * sector - begin // sector * sector)
-        areas.append(-(-area // alignment) * alignment)
-    return tuple(areas)
+    area = offset % sector + one
+    for begin in range(offset, offset + experts * one, max(one, 1)):
+        area = max(area, -(-(begin + one) // sector) * sector - begin // sector * sector)
+    return -(-area // alignment) * alignment
 
 
 def capacities(layers: Sequence[Layer], used: int, policy: str, nbytes: int) -> tuple[int, ...]:

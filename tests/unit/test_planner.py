@@ -264,6 +264,19 @@ def test_where_ram_is_short_computing_takes_less_of_it(model: Callable[[str], Mo
     assert fixed.estimate.seconds > plan.estimate.seconds
 
 
+def test_the_largest_model_is_planned_in_seconds(model: Callable[[str], ModelInfo]) -> None:
+    """DeepSeek-V3 in 16 GiB, with every setting left open: 16 choices, each with 256 experts in 58 layers."""
+    m = model("deepseek-v3-q4_k_m")
+    here = catalogue.hypothetical((), 16 << 30, cpu_bandwidth=60, drive="NVMe PCIe 4.0 x4")
+    speeds = rates.from_catalogue(here)
+    speeds = dataclasses.replace(speeds, plain=speeds.of("CPU"))
+    wishes = planner.Open(True, True, True, True, True)
+    begun = time.process_time()
+    plan = planner.plan(m, here, Settings(), rates=speeds, open=wishes, answers=memory.Formulas(m, {}))
+    assert plan.tier is not None
+    assert time.process_time() - begun < 5
+
+
 def test_a_ratio_of_assumed_speeds_is_not_told(model: Callable[[str], ModelInfo]) -> None:
     m = model("qwen3-30b-a3b-q4_k_m")
     here = catalogue.hypothetical((), 8 << 30, cpu_bandwidth=60, drive="NVMe PCIe 4.0 x4")
