@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,3 +113,10 @@ def test_streams_without_news_are_kept_alive(monkeypatch: pytest.MonkeyPatch) ->
         return seen
 
     assert asyncio.run(work()) == [[], [], [], [(0, Piece("news"))]]
+
+
+def test_an_event_is_one_line_to_every_reader() -> None:
+    """httpx, like str.splitlines, ends lines at more than CR and LF."""
+    value = {"content": "".join(map(chr, range(0x3000))) + "\U0001f600"}
+    text = respond.to_json(value).decode()
+    assert text.splitlines() == [text] and json.loads(text) == value

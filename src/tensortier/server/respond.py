@@ -204,7 +204,11 @@ async def working(host: ModelHost, gate: Gate, name: str | None, places: int) ->
 
 
 def to_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    """On one line, also for readers to whom more than CR and LF ends one."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for end in ("\x85", "\u2028", "\u2029"):
+        text = text.replace(end, f"\\u{ord(end):04x}")
+    return text.encode("utf-8", "replace")
 
 
 def _event(value: Any) -> bytes:
