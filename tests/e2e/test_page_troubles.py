@@ -17,6 +17,7 @@ from tests.hub_server import Hub
 from tests.server.process import ServerProcess
 
 SECONDS = 30_000  # of patience, in ms
+END_TOKENS = ("0", "2")  # of SmolLM2 and the tiny model
 REPO, FILE = "someone/Small-GGUF", "Small-F16.gguf"
 NAME = '<img src=x onerror="document.title=1">'
 
@@ -58,6 +59,9 @@ def page(browser: Any) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     made = context.new_page()
     made.set_default_timeout(SECONDS)
+    # answers do not end by themselves, so that there is time to stop them
+    endless = {"temperature": 0, "logit_bias": dict.fromkeys(END_TOKENS, -100)}
+    made.route("**/v1/chat/completions", lambda r: r.continue_(post_data=_with(r, **endless)))
     yield made
     context.close()
 

@@ -364,6 +364,7 @@ def _machine_json(plans: Plans, measurement: _Measurement) -> dict[str, Any]:
 def _loaded_json(one: Loaded, plans: Plans) -> dict[str, Any]:
     return {
         "model": one.name,
+        "loading": one.loading,  # so that one that is over in a moment, with the same plan, is told too
         "phase": str(one.phase),
         "fraction": round(one.fraction, 3),
         "error": one.error,

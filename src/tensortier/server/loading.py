@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -42,6 +43,7 @@ class Loaded:
     plan: Plan | None  # None while planning
     engine: Engine | None  # from "ready" on, until it is freed
     users: int  # requests that hold it or wait for it
+    loading: int  # which of this process' loadings it is
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ def make_engine(
 class Slot:
     """One loading of one model. A model that is loaded again gets a new one."""
 
+    _numbers = itertools.count(1)
+
     def __init__(self, model: LibraryModel, given: Plan | None) -> None:
+        self.number = next(Slot._numbers)
         self.model = model
         self.given = given
         self.phase = Phase.PLANNING
@@ -116,6 +121,7 @@ class Slot:
             self.plan,
             self.engine,
             self.users,
+            self.number,
         )
 
 
