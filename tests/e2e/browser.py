@@ -104,3 +104,15 @@ FAINT = """
   return found;
 }
 """
+
+
+def curve_is_there(page: Any) -> None:
+    page.wait_for_selector("#slider:not([hidden]):not(.stale)")
+
+
+def ask(page: Any, text: str, tokens: int) -> None:
+    if not page.locator("#max-tokens").is_visible():
+        page.click("details.options summary")
+    page.fill("#max-tokens", str(tokens))
+    page.fill("#chat-input", text)
+    page.press("#chat-input", "Enter")

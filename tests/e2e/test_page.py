@@ -13,6 +13,7 @@ import pytest
 from tensortier import hardware
 from tests import calibrations
 from tests.e2e import browser as chrome
+from tests.e2e.browser import ask, curve_is_there
 from tests.hub_server import Hub
 from tests.server.process import ServerProcess
 
@@ -89,18 +90,6 @@ def open_page(browser: Any, server: ServerProcess) -> Iterator[Callable[..., Any
     for context in contexts:
         context.close()
     assert not wrong
-
-
-def curve_is_there(page: Any) -> None:
-    page.wait_for_selector("#slider:not([hidden]):not(.stale)")
-
-
-def ask(page: Any, text: str, tokens: int) -> None:
-    if not page.locator("#max-tokens").is_visible():
-        page.click("details.options summary")
-    page.fill("#max-tokens", str(tokens))
-    page.fill("#chat-input", text)
-    page.press("#chat-input", "Enter")
 
 
 def test_the_whole_story(open_page: Callable[..., Any], server: ServerProcess) -> None:

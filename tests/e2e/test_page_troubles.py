@@ -13,6 +13,7 @@ import pytest
 from tensortier import hardware
 from tests import calibrations
 from tests.e2e import browser as chrome
+from tests.e2e.browser import ask, curve_is_there
 from tests.hub_server import Hub
 from tests.server.process import ServerProcess
 
@@ -64,18 +65,6 @@ def page(browser: Any) -> Iterator[Any]:
     made.route("**/v1/chat/completions", lambda r: r.continue_(post_data=_with(r, **endless)))
     yield made
     context.close()
-
-
-def curve_is_there(page: Any) -> None:
-    page.wait_for_selector("#slider:not([hidden]):not(.stale)")
-
-
-def ask(page: Any, text: str, tokens: int) -> None:
-    if not page.locator("#max-tokens").is_visible():
-        page.click("details.options summary")
-    page.fill("#max-tokens", str(tokens))
-    page.fill("#chat-input", text)
-    page.press("#chat-input", "Enter")
 
 
 def test_how_fast_a_file_would_be_is_told_before_it_is_downloaded(

@@ -14,12 +14,10 @@ from tensortier.cli.grouped import grouped
 from tensortier.cli.options import INT_MAX, RpcOption, split_servers
 from tensortier.deciding import Measure, Wish
 from tensortier.errors import UsageError
-from tensortier.types import Settings
 
 if TYPE_CHECKING:
     from tensortier.types import Hardware
 
-_SETTINGS = Settings()
 _ELSEWHERE = "A machine that is not here"
 _OUTPUT = "Output"
 

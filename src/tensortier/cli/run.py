@@ -22,11 +22,10 @@ from tensortier.cli.session import (
 )
 from tensortier.deciding import Measure, Wish
 from tensortier.errors import UsageError
-from tensortier.types import Sampling, Settings
+from tensortier.types import Sampling
 
 DEFAULT_MODEL = "smollm2"
 _SAMPLING = Sampling()
-_SETTINGS = Settings()
 _PROMPT = "Prompt and output"
 _CHOICE = "Sampling"
 

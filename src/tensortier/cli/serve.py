@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from tensortier.rates import Rates
     from tensortier.server.limits import Settings as Limits
 
-_SETTINGS = Settings()
 _SERVER = "Server"
 _MODELS = "Models"
 _PARALLEL, _QUEUE, _SECONDS = 4, 64, 30.0  # those of server.limits.Settings, which is not imported for --help
