@@ -531,12 +531,15 @@ def test_manager_tells_what_went_wrong(
 
 def test_manager_has_an_end(server: Hub) -> None:
     manager = Manager(longest_queue=2)
+    for i in range(4):
+        server.put(REPO, f"m{i}.gguf", DATA)
     server.faults(stall_at=0)
     for i in range(4):
         manager.start(REPO, f"m{i}.gguf")
-        server.put(REPO, f"m{i}.gguf", DATA)
         if i < 2:
             _until(lambda: all(s.phase != "queued" for s in manager.state()))
+    phases = [s.phase for s in manager.state()]
+    assert phases[2:] == ["queued"] * 2 and not {*phases[:2]} & {"queued", *downloads.ENDED}
     with pytest.raises(UsageError, match="2 downloads are waiting already"):
         manager.start(REPO, "m9.gguf")
     begun = time.monotonic()
