@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
     "paths": {"errors"},
+    "turn": {"errors", "paths"},
     "catalogue": {"types", "errors"},
     "system": {"types"},
     "patterns": {"errors"},
@@ -93,7 +94,7 @@ ALLOWED: dict[str, set[str]] = {
         *("placement", "pageable", "paging", "rates", "cost", "memory", "measuring", "budget", "optimizer"),
         *("candidates", "search", "reasons", "planner", "planfile", "planid", "levels", "gains", "explain"),
         *("export", "overrides", "deciding", "downloads", "hub", "engine", "tier", "calibrate", "system"),
-        "modelfiles",
+        *("modelfiles", "turn"),
     },
 }
 
