@@ -220,6 +220,7 @@ def _serve(
     from tensortier.server.host import ModelHost
     from tensortier.server.loading import make_engine
     from tensortier.server.planning import Planner
+    from tensortier.turn import Turn
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="tensortier: warning: %(message)s")
     with listen.bind(address, port) as bound:
@@ -243,6 +244,7 @@ def _serve(
             models_max=models_max,
             idle_seconds=idle_seconds,
             engine=functools.partial(make_engine, verbose=verbose),
+            turn=Turn,
         )
         app = make_app(models, limits, wish, machine, downloads.Manager())
         what = "no model yet" if served is None else served.name

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_CONTEXT = 1 << 24  # tokens
 _TICK_SECONDS = 0.25  # between looks at what a page should be told
+_MEASUREMENT = "the measurement of this machine"
 _FOUND = 20  # repositories that a search shows
 
 
@@ -123,9 +124,11 @@ def router(
 
     @api.post("/measure", status_code=202)
     async def measure() -> Any:
-        if any(one.phase in ("planning", "loading") or one.users for one in host.state()):
-            raise UsageError("a model is being loaded or is answering: measure when nothing else runs")
-        measurement.start()
+        if not measurement.running:
+            async with contextlib.AsyncExitStack() as held:
+                await held.enter_async_context(host.alone(_MEASUREMENT))
+                await held.enter_async_context(plans.paused())
+                measurement.start(held.pop_all())
         return {"seconds": measuring.SECONDS}
 
     @api.post("/slider")
@@ -293,13 +296,17 @@ class _Measurement:
         self._said: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """In the background; nothing where it is going on already."""
-        if self._task is None or self._task.done():
-            self._fraction, self._said = 0.0, []
-            self._task = asyncio.create_task(self._run())
+    @property
+    def running(self) -> bool:
+        return self._task is not None and not self._task.done()
 
-    async def _run(self) -> None:
+    def start(self, held: contextlib.AsyncExitStack | None = None) -> None:
+        """In the background; nothing where it is going on already. ``held`` is left at its end."""
+        if not self.running:
+            self._fraction, self._said = 0.0, []
+            self._task = asyncio.create_task(self._run(held or contextlib.AsyncExitStack()))
+
+    async def _run(self, held: contextlib.AsyncExitStack) -> None:
         def progress(fraction: float) -> None:
             self._fraction = round(fraction, 2)
 
@@ -311,6 +318,7 @@ class _Measurement:
             raise
         finally:
             self._fraction = None
+            await held.aclose()
 
     def state(self) -> dict[str, Any]:
         """``fraction`` None: nothing is being measured."""
@@ -366,6 +374,7 @@ def _loaded_json(one: Loaded, plans: Plans) -> dict[str, Any]:
         "model": one.name,
         "loading": one.loading,  # so that one that is over in a moment, with the same plan, is told too
         "phase": str(one.phase),
+        "waits_for": one.waits_for,
         "fraction": round(one.fraction, 3),
         "error": one.error,
         "plan": None if one.plan is None else plans.id_of(one.plan),

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tensortier import library
-from tensortier.errors import Cancelled, LoadError, ModelNotFound, OutOfMemory, TensortierError, UsageError
+from tensortier.errors import Cancelled, ModelNotFound, OutOfMemory, TensortierError, UsageError
 from tensortier.library import LibraryModel
 from tensortier.server.loading import (
     HostStopping,
@@ -20,13 +20,17 @@ from tensortier.server.loading import (
     Loaded,
     MakeEngine,
     ModelUnavailable,
+    Occupied,
     Phase,
     Planning,
     Slot,
+    going_on,
     held_by,
+    made,
     make_engine,
 )
 from tensortier.server.names import named, unique
+from tensortier.server.order import OTHERS, MakeTurn, Order
 from tensortier.server.planning import Decision
 from tensortier.server.threads import in_thread
 from tensortier.types import Plan
@@ -39,7 +43,7 @@ _PLANS_AGAIN = 3  # after allocations that failed
 _PATIENCE_SECONDS = 5.0  # that running answers get before a model is replaced under them
 _RETRY_SECONDS = 5.0  # a load that failed is not tried again before
 _RESCAN_SECONDS = 2.0
-_STEPS = 200  # of progress that are told
+_ENDED = "the loading was ended"
 
 
 class ModelHost:
@@ -57,6 +61,8 @@ class ModelHost:
         models_max: models that may be loaded at once.
         idle_seconds: a model unused for so long is unloaded; None: never.
         engine: makes an engine, in a thread.
+        turn: among other programs that load; it is held while one is planned and loaded, and not while it waits for
+            answers under way. None: there are none.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class ModelHost:
         idle_seconds: float | None = None,
         engine: MakeEngine = make_engine,
         list_models: Callable[[], Sequence[LibraryModel]] = library.list_models,
+        turn: MakeTurn | None = None,
     ) -> None:
         self.served = served
         self.parallel = parallel
@@ -85,7 +92,10 @@ class ModelHost:
         self._scanning = asyncio.Lock()
         self._slots: dict[str, Slot] = {}  # by path, the newest of each model
         self._leaving: list[Slot] = []
-        self._switching = asyncio.Lock()  # one model is loaded at a time
+        self._order = Order(turn)
+        self._switching = asyncio.Lock()  # one model is loaded or freed at a time
+        self._alone = ""  # who has the machine for itself, and answers wait for
+        self._before_free: list[Callable[[str, Engine], None]] = []
         self._change = asyncio.Event()  # set at a change, and then another one
         self._changes = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -168,7 +178,12 @@ class ModelHost:
         """The models that are loaded or about to be, the served one first."""
         served = None if self.served is None else self.served.path
         slots = sorted(self._slots.values(), key=lambda s: s.model.path != served)
-        return tuple(slot.state() for slot in [*slots, *self._leaving])
+        return tuple(slot.state(self._waits_for(slot)) for slot in [*slots, *self._leaving])
+
+    def _waits_for(self, slot: Slot) -> str:
+        if slot.phase is Phase.WAITING:
+            return slot.waits_for or self._order.holder
+        return self._alone if slot.phase is Phase.UNLOADING else ""
 
     def held(self, *, besides: str | None = None) -> dict[str, int]:
         """Bytes per device that loaded models take, all but the model with the path ``besides``."""
@@ -184,7 +199,31 @@ class ModelHost:
             seen = self._changes
             yield
 
+    def before_free(self, tell: Callable[[str, Engine], None]) -> None:
+        """``tell`` is called with name and engine of each model that is about to be freed."""
+        self._before_free.append(tell)
+
     # --- use
+
+    @contextlib.asynccontextmanager
+    async def alone(self, what: str) -> AsyncIterator[None]:
+        """Nothing is loaded, freed or computed while inside: what is asked for waits, for ``what``.
+
+        Raises:
+            Occupied: something goes on now, here or in another program that loads a model.
+            HostStopping: the server is about to end.
+        """
+        if self._stopping:
+            raise HostStopping("the server is about to end")
+        if busy := self._alone or going_on(self.state()):
+            raise Occupied(f"the server is busy: {busy}")
+        self._alone = what
+        try:
+            async with self._order.now(what), self._switching:
+                yield
+        finally:
+            self._alone = ""
+            self._notify()
 
     @contextlib.asynccontextmanager
     async def engine(self, name: str | None = None) -> AsyncIterator[Lease]:
@@ -204,15 +243,9 @@ class ModelHost:
 
     def load(self, model: str, plan: Plan | None = None) -> None:
         """Begin to load a model of ``models()``, by this plan or by one that is made now. It becomes the served one.
-        An engine of it that is there already is replaced; answers under way have a few seconds to end.
-
-        Raises:
-            ModelNotFound: no such name.
-            HostStopping: the server is about to end.
-        """
-        found = named(self._models, model)
-        if found is None:
-            raise ModelNotFound(f"the model {model[:100]!r} does not exist")
+        An engine of it that is there already is replaced; answers under way have a few seconds to end. Raises
+        ModelNotFound; HostStopping."""
+        found = self._known(model)
         if plan is not None:
             settings = replace(plan.settings, n_seq_max=self.parallel)
             plan = replace(plan, model=found.path, settings=settings)
@@ -221,24 +254,26 @@ class ModelHost:
 
     def unload(self, model: str) -> str:
         """Begin to free a model, whose answers under way have a few seconds to end, or end its loading; returns its
-        name. A request for it loads it again. Nothing where it is not loaded.
-
-        Raises:
-            ModelNotFound: no such name.
-        """
-        found = named(self._models, model)
-        if found is None:
-            raise ModelNotFound(f"the model {model[:100]!r} does not exist")
+        name. A request for it loads it again. Nothing where it is not loaded. Raises ModelNotFound."""
+        found = self._known(model)
         slot = self._slots.get(found.path)
         if slot is not None:
             slot.stop.set()
             if slot.engine is not None:
                 self._leave(slot)
                 self._spawn(self._unload_now(slot))
+            elif slot.phase is Phase.WAITING:
+                self._fail(slot, _ENDED)  # it may wait for long
             elif slot.phase is Phase.FAILED:
                 del self._slots[found.path]
                 self._notify()
         return found.name
+
+    def _known(self, name: str) -> LibraryModel:
+        found = named(self._models, name)
+        if found is None:
+            raise ModelNotFound(f"the model {name[:100]!r} does not exist")
+        return found
 
     async def _unload_now(self, slot: Slot) -> None:
         async with self._switching:  # who is loaded next counts on its memory
@@ -252,7 +287,7 @@ class ModelHost:
                 slot = self._begin(model, None)
             slot.users += 1  # while waiting too: who has waited for a model finds it there
             try:
-                while not slot.settled and not self._stopping:
+                while not self._stopping and (not slot.settled or (self._alone and slot.engine is not None)):
                     await self._change.wait()
                 if self._stopping:
                     raise HostStopping("the server is about to end")
@@ -288,101 +323,116 @@ class ModelHost:
         return slot
 
     async def _load(self, slot: Slot, before: Slot | None) -> None:
-        async with self._switching:
-            try:
+        try:
+            if self._order.busy:
+                self._wait(slot)
+            async with self._order.next(f"{slot.model.name} to be loaded"):
+                self._go_on(slot)
                 if before is not None and before.engine is not None:
-                    await self._unload(before, _PATIENCE_SECONDS)
-                await self._load_or_plan_again(slot)
-            except Cancelled:
-                self._fail(slot, "the loading was ended")
-            except (TensortierError, OSError) as exc:
-                self._fail(slot, " ".join(str(exc).split()))
-                _log.warning("%s cannot be loaded: %s", slot.model.name, slot.error)
-            except asyncio.CancelledError:
-                self._fail(slot, "the server is about to end")
-                raise
-            except Exception as exc:
-                self._fail(slot, f"{type(exc).__name__}: {exc} (this is a bug)")
-                raise
+                    async with self._switching:
+                        await self._unload(before, _PATIENCE_SECONDS)
+                while (crowding := await self._load_in_turn(slot)) is not None:
+                    async with self._switching:
+                        await self._unload(crowding)
+        except Cancelled:
+            self._fail(slot, _ENDED)
+        except (TensortierError, OSError) as exc:
+            self._fail(slot, " ".join(str(exc).split()))
+            _log.warning("%s cannot be loaded: %s", slot.model.name, slot.error)
+        except asyncio.CancelledError:
+            self._fail(slot, "the server is about to end")
+            raise
+        except Exception as exc:
+            self._fail(slot, f"{type(exc).__name__}: {exc} (this is a bug)")
+            raise
 
-    def _fail(self, slot: Slot, reason: str) -> None:
-        slot.phase, slot.error, slot.used_at = Phase.FAILED, reason, time.monotonic()
+    def _wait(self, slot: Slot, what: str = "") -> None:
+        """``what`` is waited for; "": whoever comes before."""
+        if slot.phase is Phase.PLANNING:
+            slot.phase, slot.waits_for = Phase.WAITING, what
+            self._notify()
+
+    def _go_on(self, slot: Slot) -> None:
+        self._check(slot)
+        slot.phase, slot.waits_for = Phase.PLANNING, ""
         self._notify()
 
-    async def _load_or_plan_again(self, slot: Slot) -> None:
-        decision = await self._decide(slot)
-        for attempt in range(_PLANS_AGAIN + 1):
-            self._check(slot)
-            slot.phase, slot.plan, slot.fraction = Phase.LOADING, decision.plan, 0.0
+    def _fail(self, slot: Slot, reason: str) -> None:
+        if slot.phase is not Phase.FAILED:
+            slot.phase, slot.error, slot.used_at = Phase.FAILED, reason, time.monotonic()
             self._notify()
-            try:
-                engine = await self._make(slot, decision.plan)
-            except OutOfMemory as exc:
-                slot.phase = Phase.PLANNING
-                others = self._others(slot)
-                if others:
-                    await self._unload(others[0])
-                    decision = await self._decide(slot)
-                elif slot.given is not None or attempt == _PLANS_AGAIN:
-                    raise
-                else:
-                    decision = await in_thread(self._planning.less, decision, exc)
-                continue
-            if slot.stop.is_set():
-                await in_thread(engine.close)
-                raise Cancelled("the loading was ended")
-            slot.engine, slot.fraction, slot.used_at = engine, 1.0, time.monotonic()
-            slot.phase = Phase.READY
-            self._notify()
-            return
-        raise LoadError(f"{slot.model.name} could not be loaded in {_PLANS_AGAIN} attempts")
+
+    async def _load_in_turn(self, slot: Slot) -> Slot | None:
+        """Plan and load while no other program does; or the model that has to make room first. Nobody's answers are
+        waited for in here: the other programs wait too."""
+
+        def waiting() -> None:
+            self._wait(slot, OTHERS)
+            _log.warning("%s: waiting for %s", slot.model.name, OTHERS)
+
+        async with self._order.turn(waiting, slot.stop) as end_turn, self._switching:
+            self._go_on(slot)
+            decision = await self._decide(slot)
+            while isinstance(decision, Decision):
+                self._check(slot)
+                if not decision.fills:
+                    end_turn()
+                slot.phase, slot.plan, slot.fraction = Phase.LOADING, decision.plan, 0.0
+                self._notify()
+                try:
+                    engine = await self._make(slot, decision.plan)
+                except OutOfMemory as exc:
+                    slot.phase = Phase.PLANNING
+                    decision = await self._after(slot, decision, exc)
+                    continue
+                if slot.stop.is_set():
+                    await in_thread(engine.close)
+                    raise Cancelled(_ENDED)
+                slot.engine, slot.fraction, slot.used_at = engine, 1.0, time.monotonic()
+                slot.phase = Phase.READY
+                self._notify()
+                return None
+            return decision
+
+    async def _after(self, slot: Slot, decision: Decision, failure: OutOfMemory) -> Decision | Slot:
+        """The next attempt, or the model that has to make room for it."""
+        slot.failures += 1
+        if slot.failures > _PLANS_AGAIN:
+            raise failure
+        others = self._others(slot)
+        if others:
+            return others[0]
+        if slot.given is not None:
+            raise failure
+        return await in_thread(self._planning.less, decision, failure)
 
     async def _make(self, slot: Slot, plan: Plan) -> Engine:
-        loop = asyncio.get_running_loop()
-
         def tell(fraction: float) -> None:
             slot.fraction = fraction
             self._notify()
 
-        told = [-1]
+        return await made(self._make_engine, plan, tell, slot.stop)
 
-        def progress(fraction: float) -> None:
-            if int(fraction * _STEPS) > told[0]:
-                told[0] = int(fraction * _STEPS)
-                loop.call_soon_threadsafe(tell, fraction)
-
-        making = asyncio.ensure_future(in_thread(self._make_engine, plan, progress, slot.stop))
+    async def _decide(self, slot: Slot) -> Decision | Slot:
+        """The plan with what is left, or the model that has to make room first."""
+        self._check(slot)
+        others = self._others(slot)
+        if len(others) >= self._models_max:
+            return others[0]
+        if slot.given is not None:
+            if not others or await in_thread(self._planning.fits, slot.given, held_by(others)):
+                return Decision(slot.given)
+            return others[0]
         try:
-            return await asyncio.shield(making)
-        except asyncio.CancelledError:
-            slot.stop.set()  # the thread cannot be left behind with half an engine
-            with contextlib.suppress(TensortierError):
-                await in_thread((await making).close)
-            raise
-
-    async def _decide(self, slot: Slot) -> Decision:
-        """Makes room, then plans with what is left."""
-        while True:
-            self._check(slot)
-            others = self._others(slot)
-            if len(others) >= self._models_max:
-                await self._unload(others[0])
-                continue
-            if slot.given is not None:
-                if not others or await in_thread(self._planning.fits, slot.given, held_by(others)):
-                    return Decision(slot.given)
-                await self._unload(others[0])
-                continue
-            try:
-                decision = await in_thread(self._planning.decide, slot.model.path, held_by(others))
-            except UsageError:  # it cannot run in what the others leave
-                if not others:
-                    raise
-            else:
-                idle = [s for s in others if not s.users]
-                if not others or not (decision.spills or (decision.cramped and idle)):
-                    return decision
-            await self._unload(others[0])
+            decision = await in_thread(self._planning.decide, slot.model.path, held_by(others))
+        except UsageError:  # it cannot run in what the others leave
+            if not others:
+                raise
+            return others[0]
+        idle = [s for s in others if not s.users]
+        if not others or not (decision.spills or (decision.cramped and idle)):
+            return decision
+        return others[0]
 
     def _others(self, slot: Slot) -> list[Slot]:
         """Models beside this one, in the order in which they should make room."""
@@ -391,7 +441,7 @@ class ModelHost:
 
     def _check(self, slot: Slot) -> None:
         if slot.stop.is_set():
-            raise Cancelled("the loading was ended")
+            raise Cancelled(_ENDED)
 
     # --- unloading
 
@@ -422,6 +472,8 @@ class ModelHost:
     async def _free(self, slot: Slot) -> None:
         engine, slot.engine = slot.engine, None
         if engine is not None:
+            for tell in self._before_free:
+                tell(slot.model.name, engine)
             await in_thread(engine.close)
         if slot in self._leaving:
             self._leaving.remove(slot)
@@ -435,8 +487,6 @@ class ModelHost:
                     idle = slot.engine is not None and not slot.users and slot.phase is Phase.READY
                     if idle and time.monotonic() - slot.used_at > seconds:
                         await self._unload(slot)
-
-    # --- plumbing
 
     def _notify(self) -> None:
         self._changes += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import logging
 import threading
@@ -15,20 +17,28 @@ from tensortier.budget import PROCESS
 from tensortier.errors import OutOfMemory, TensortierError
 from tensortier.library import LibraryModel
 from tensortier.server.planning import Decision
+from tensortier.server.threads import in_thread
 from tensortier.types import Plan
 
 if TYPE_CHECKING:
     from tensortier.engine import Engine
 
 
-class Phase(StrEnum):
-    """``Loaded.phase``, in this order; "failed" ends it early."""
+_STEPS = 200  # of progress that are told
 
+
+class Phase(StrEnum):
+    """``Loaded.phase``, in this order, "waiting" only where it has to; "failed" ends it early."""
+
+    WAITING = "waiting"  # for others that load, or for the measurement of this machine
     PLANNING = "planning"
     LOADING = "loading"
     READY = "ready"
     UNLOADING = "unloading"
     FAILED = "failed"
+
+
+UNDER_WAY = (Phase.WAITING, Phase.PLANNING, Phase.LOADING)
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Loaded:
     engine: Engine | None  # from "ready" on, until it is freed
     users: int  # requests that hold it or wait for it
     loading: int  # which of this process' loadings it is
+    waits_for: str = ""  # what has to be over first, as in "waiting for ..."
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,10 @@ class HostStopping(TensortierError):
 
 class ModelUnavailable(TensortierError):
     """The model cannot be planned or loaded; the message says why."""
+
+
+class Occupied(TensortierError):
+    """Something goes on that has to be over first; the message says what."""
 
 
 class Planning(Protocol):
@@ -89,6 +104,27 @@ def make_engine(
     return engine
 
 
+async def made(make: MakeEngine, plan: Plan, tell: Callable[[float], None], stop: threading.Event) -> Engine:
+    """The engine that ``make`` makes in a thread. ``tell`` is called on the event loop with the fraction done. Who is
+    cancelled here ends the loading, and waits for that."""
+    loop = asyncio.get_running_loop()
+    told = [-1]
+
+    def progress(fraction: float) -> None:
+        if int(fraction * _STEPS) > told[0]:
+            told[0] = int(fraction * _STEPS)
+            loop.call_soon_threadsafe(tell, fraction)
+
+    making = asyncio.ensure_future(in_thread(make, plan, progress, stop))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        stop.set()  # the thread cannot be left behind with half an engine
+        with contextlib.suppress(TensortierError):
+            await in_thread((await making).close)
+        raise
+
+
 class Slot:
     """One loading of one model. A model that is loaded again gets a new one."""
 
@@ -99,7 +135,9 @@ class Slot:
         self.model = model
         self.given = given
         self.phase = Phase.PLANNING
+        self.waits_for = ""
         self.fraction = 0.0
+        self.failures = 0  # allocations that did not succeed
         self.error = ""
         self.plan: Plan | None = given
         self.engine: Engine | None = None
@@ -109,9 +147,9 @@ class Slot:
 
     @property
     def settled(self) -> bool:
-        return self.phase not in (Phase.PLANNING, Phase.LOADING)
+        return self.phase not in UNDER_WAY
 
-    def state(self) -> Loaded:
+    def state(self, waits_for: str = "") -> Loaded:
         return Loaded(
             self.model.name,
             self.model.path,
@@ -122,7 +160,20 @@ class Slot:
             self.engine,
             self.users,
             self.number,
+            waits_for,
         )
+
+
+def going_on(models: Iterable[Loaded]) -> str:
+    """What one of them does, in words; "" where all only wait to be asked."""
+    for one in models:
+        if one.phase in UNDER_WAY:
+            return f"{one.name} is being loaded"
+        if one.users:
+            return f"{one.name} is answering"
+        if one.phase is Phase.UNLOADING:
+            return f"{one.name} is being unloaded"
+    return ""
 
 
 def held_by(slots: Iterable[Slot]) -> dict[str, int]:

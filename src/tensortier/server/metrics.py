@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -17,8 +18,11 @@ from starlette.responses import JSONResponse, Response
 
 from tensortier.server.host import ModelHost
 from tensortier.server.limits import Gate, Settings
-from tensortier.server.loading import Loaded, Phase
+from tensortier.server.loading import UNDER_WAY, Loaded, Phase
 from tensortier.types import TierStats
+
+if TYPE_CHECKING:
+    from tensortier.engine import Engine
 
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -53,9 +57,18 @@ class Metrics:
 
 
 class _Engines(Collector):
+    """What a model did counts for as long as the server runs: engines that were freed included."""
+
     def __init__(self, host: ModelHost, gate: Gate) -> None:
         self._host = host
         self._gate = gate
+        # (figure, model) -> of engines that were freed
+        self._past: defaultdict[tuple[str, str], float] = defaultdict(float)
+        host.before_free(self._remember)
+
+    def _remember(self, model: str, engine: Engine) -> None:
+        for name, value in _counts(engine):
+            self._past[name, model] += value
 
     def collect(self) -> Iterable[Metric]:
         yield _gauge("tensortier_answers", "Answers that are computed or wait.", self._gate.inside)
@@ -63,17 +76,29 @@ class _Engines(Collector):
         yield _gauge(
             "tensortier_threads", "Threads of this process that Python knows.", threading.active_count()
         )
+        models = self._host.state()
         states = GaugeMetricFamily(
             "tensortier_model_state", "1 for the state a model is in.", labels=("model", "phase")
         )
-        families: dict[str, Metric] = {}
-        for loaded in self._host.state():
-            states.add_metric((loaded.name, loaded.phase), 1)
-            for name, text, value in _figures(loaded):
-                kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-                family = families.setdefault(name, kind(name, text, labels=("model",)))
-                family.add_metric((loaded.name,), value)  # type: ignore[attr-defined]
+        for name, phase in dict.fromkeys((one.name, one.phase) for one in models):
+            states.add_metric((name, phase), 1)
         yield states
+        yield from self._figures(models)
+
+    def _figures(self, models: Iterable[Loaded]) -> Iterable[Metric]:
+        found = self._past.copy()
+        for one in models:
+            if one.engine is None:
+                continue
+            for name, value in _counts(one.engine):
+                found[name, one.name] += value  # one that is loaded again may have two engines for a while
+            if one.phase is Phase.READY:
+                found.update({(name, one.name): value for name, value in _gauges(one.engine)})
+        families: dict[str, Metric] = {}
+        for (name, model), value in found.items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = families.setdefault(name, kind(name, _TEXTS[name], labels=("model",)))
+            family.add_metric((model,), value)  # type: ignore[attr-defined]
         yield from families.values()
 
 
@@ -85,24 +110,44 @@ def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(name, text, value=value)
 
 
-def _figures(loaded: Loaded) -> Iterator[tuple[str, str, float]]:
-    engine = loaded.engine
-    if engine is None or loaded.phase is not Phase.READY:
-        return
+_TEXTS = {
+    "tensortier_prompt_tokens_total": "Tokens of prompts computed.",
+    "tensortier_completion_tokens_total": "Tokens generated.",
+    "tensortier_tier_drive_bytes_total": "Read from the drive.",
+    "tensortier_tier_stall_seconds_total": "Waited for the drive.",
+    "tensortier_active": "Answers that are computed.",
+    "tensortier_waiting": "Answers that wait.",
+    "tensortier_decode_tokens_per_second": "In the last second.",
+    "tensortier_kv_used_cells": "Cells of the KV cache in use.",
+    "tensortier_kv_cells": "Cells of the KV cache.",
+    "tensortier_tier_hit_rate": "Of experts, found in memory.",
+    "tensortier_tier_memory_bytes": "RAM for weights from the drive.",
+}
+
+
+def _counts(engine: Engine) -> Iterator[tuple[str, float]]:
+    """What it did since it was made."""
     now = engine.activity()
-    yield "tensortier_active", "Answers that are computed.", now.active
-    yield "tensortier_waiting", "Answers that wait.", now.waiting
-    yield "tensortier_prompt_tokens_total", "Tokens of prompts computed.", now.prompt_tokens_total
-    yield "tensortier_completion_tokens_total", "Tokens generated.", now.completion_tokens_total
-    yield "tensortier_decode_tokens_per_second", "In the last second.", now.decode_tokens_per_second
-    yield "tensortier_kv_used_cells", "Cells of the KV cache in use.", now.kv_used_cells
-    yield "tensortier_kv_cells", "Cells of the KV cache.", now.n_ctx
+    yield "tensortier_prompt_tokens_total", now.prompt_tokens_total
+    yield "tensortier_completion_tokens_total", now.completion_tokens_total
     if engine.paged is not None:
         tier = engine.paged.stats()
-        yield "tensortier_tier_hit_rate", "Of experts, found in memory.", tier.hit_rate
-        yield "tensortier_tier_drive_bytes_total", "Read from the drive.", tier.drive_bytes
-        yield "tensortier_tier_stall_seconds_total", "Waited for the drive.", tier.stall_seconds
-        yield "tensortier_tier_memory_bytes", "RAM for weights from the drive.", tier.memory_bytes
+        yield "tensortier_tier_drive_bytes_total", tier.drive_bytes
+        yield "tensortier_tier_stall_seconds_total", tier.stall_seconds
+
+
+def _gauges(engine: Engine) -> Iterator[tuple[str, float]]:
+    """What it does now."""
+    now = engine.activity()
+    yield "tensortier_active", now.active
+    yield "tensortier_waiting", now.waiting
+    yield "tensortier_decode_tokens_per_second", now.decode_tokens_per_second
+    yield "tensortier_kv_used_cells", now.kv_used_cells
+    yield "tensortier_kv_cells", now.n_ctx
+    if engine.paged is not None:
+        tier = engine.paged.stats()
+        yield "tensortier_tier_hit_rate", tier.hit_rate
+        yield "tensortier_tier_memory_bytes", tier.memory_bytes
 
 
 def router(host: ModelHost, gate: Gate, metrics: Metrics, settings: Settings) -> APIRouter:
@@ -115,12 +160,11 @@ def router(host: ModelHost, gate: Gate, metrics: Metrics, settings: Settings) ->
         served = next((m for m in host.state() if host.served and m.path == host.served.path), None)
         if served is not None and served.phase is Phase.FAILED:
             return JSONResponse({"status": "failed", "error": served.error}, 503)
-        if served is not None and served.phase in (Phase.PLANNING, Phase.LOADING):
-            return JSONResponse(
-                {"status": "loading", "phase": served.phase, "fraction": round(served.fraction, 3)},
-                503,
-                {"retry-after": "1"},
-            )
+        if served is not None and served.phase in UNDER_WAY:
+            told = {"status": "loading", "phase": served.phase, "fraction": round(served.fraction, 3)}
+            if served.waits_for:
+                told["waits_for"] = served.waits_for
+            return JSONResponse(told, 503, {"retry-after": "1"})
         return JSONResponse({"status": "ok"})
 
     @routes.get("/metrics")
@@ -147,6 +191,7 @@ def model_stats(loaded: Loaded) -> dict[str, Any]:
     found: dict[str, Any] = {
         "name": loaded.name,
         "phase": loaded.phase,
+        "waits_for": loaded.waits_for,
         "fraction": loaded.fraction,
         "error": loaded.error,
         "users": loaded.users,

@@ -21,6 +21,7 @@ class Decision:
     plan: Plan
     spills: bool = False  # weights are read from the drive while it runs
     cramped: bool = False  # weights are in main memory that a GPU has no room for
+    fills: bool = True  # another program that counted the same free memory would find too little of it
     planned: Planned | None = None  # None for a plan that somebody gave
 
 
@@ -111,5 +112,16 @@ def _decision(planned: Planned) -> Decision:
         plan,
         spills=plan.tier is not None or mapped,
         cramped=bool(placement.gpus(planned.hardware)) and not on_gpus,
+        fills=_fills(planned),
         planned=planned,
     )
+
+
+def _fills(planned: Planned) -> bool:
+    """Whether a plan takes half or more of what is free of some memory."""
+    from tensortier import placement
+
+    plan, machine = planned.plan, planned.hardware
+    free = {card.name: card.memory_free for card in placement.gpus(machine)}
+    cramped = any(2 * row.total_bytes > free[row.device] for row in plan.memory if row.device in free)
+    return plan.tier is not None or cramped or 2 * deciding.ram_of(plan, machine) > machine.ram_available

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +72,8 @@ class Plans:
         self.machine = machine
         self._thread = ThreadPoolExecutor(1, "plans")
         self._waiting = 0
+        self._going_on = asyncio.Event()
+        self._going_on.set()
         self._probe: memory.Probe | None = None
         self._curves: OrderedDict[tuple[object, ...], tuple[Base, bytes]] = OrderedDict()
         self._plans: OrderedDict[str, Kept] = OrderedDict()
@@ -123,6 +125,16 @@ class Plans:
         """Whether a measurement of this machine is kept."""
         return calibrate.load(self.machine) is not None
 
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Nothing is worked out while inside: what was asked before is answered first, and later questions wait."""
+        self._going_on.clear()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
+            yield
+        finally:
+            self._going_on.set()
+
     async def close(self) -> None:
         """Ends the helper process once the question under way is answered."""
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -136,6 +148,7 @@ class Plans:
             raise Busy("too many plans are being made at once: try again in a moment")
         self._waiting += 1
         try:
+            await self._going_on.wait()
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         finally:
             self._waiting -= 1

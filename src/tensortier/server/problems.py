@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from tensortier.errors import Cancelled, ContextFull, ModelNotFound, OutOfMemory, TensortierError, UsageError
-from tensortier.server.loading import HostStopping, ModelUnavailable
+from tensortier.server.loading import HostStopping, ModelUnavailable, Occupied
 
 RETRY_SECONDS = 5  # where nothing better is known
 
@@ -71,6 +71,8 @@ def problem_of(error: Exception) -> Problem:
             return Problem(400, message, code="context_length_exceeded", param="messages")
         case UsageError():
             return Problem(400, message)
+        case Occupied():
+            return Problem(409, message, code="busy", retry_after=RETRY_SECONDS)
         case HostStopping():
             return Problem(503, message, code="stopping", retry_after=RETRY_SECONDS)
         case Cancelled():
