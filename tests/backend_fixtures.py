@@ -15,6 +15,7 @@ import pytest
 
 from tensortier import backends
 
+ATTEMPTS = 5  # to start a server on a port that is free at that moment
 SERVER_THREADS = 1  # client and server share the machine: two spinning thread pools slow each other down
 
 
@@ -26,20 +27,6 @@ def rpc_server(log: Path, threads: int = SERVER_THREADS, address_space: int | No
     """
     program = backends.rpc_server()
     assert program is not None, "build the RPC module first"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    argv = [
-        str(program),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--threads",
-        str(threads),
-        "--device",
-        "CPU",
-    ]
 
     def limit() -> None:
         if (
@@ -53,31 +40,47 @@ def rpc_server(log: Path, threads: int = SERVER_THREADS, address_space: int | No
 
             resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
 
-    with (
-        log.open("w") as out,
-        subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, preexec_fn=limit) as process,
-    ):
-        try:
-            wait_until_it_accepts(process, port, log)
-            yield f"127.0.0.1:{port}"
-            assert process.poll() is None, (
-                f"the RPC server ended with {process.returncode}: {log.read_text()}"
-            )
-        finally:
-            process.kill()
-
-
-def wait_until_it_accepts(
-    process: subprocess.Popen[bytes], port: int, log: Path, seconds: float = 20.0
-) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"the RPC server ended with {process.returncode}: {log.read_text()}"
-        with socket.socket() as client:
-            if client.connect_ex(("127.0.0.1", port)) == 0:
+    for attempt in range(ATTEMPTS):
+        port = free_port()
+        argv = [str(program), "--host", "127.0.0.1", "--port", str(port)]
+        argv += ["--threads", str(threads), "--device", "CPU"]
+        with (
+            log.open("w") as out,
+            subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, preexec_fn=limit) as process,
+        ):
+            try:
+                if not it_accepts(process, port):
+                    told = f"the RPC server ended with {process.returncode}: {log.read_text()}"
+                    assert attempt + 1 < ATTEMPTS, told
+                    continue  # somebody else took the port meanwhile
+                yield f"127.0.0.1:{port}"
+                assert process.poll() is None, (
+                    f"the RPC server ended with {process.returncode}: {log.read_text()}"
+                )
                 return
+            finally:
+                process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def it_accepts(process: subprocess.Popen[bytes], port: int, seconds: float = 60.0) -> bool:
+    """Waits until the server listens; False when it has ended instead."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None:
+        assert time.monotonic() < deadline, f"the RPC server accepts no connection after {seconds:.0f} s"
+        with socket.socket() as client:
+            # bound, or the kernel might choose the very port: who connects to himself finds somebody who listens
+            client.bind(("127.0.0.1", 0))
+            if client.getsockname()[1] != port and client.connect_ex(("127.0.0.1", port)) == 0:
+                return True
         time.sleep(0.02)
-    raise AssertionError(f"the RPC server accepts no connection after {seconds:.0f} s: {log.read_text()}")
+    return False
 
 
 @pytest.fixture(scope="session")
