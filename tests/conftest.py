@@ -1,16 +1,37 @@
-"""Models for the tests, built once and kept in ``.cache/models``."""
+"""Models for the tests, built once and kept in ``.cache/models``, and what must not differ between machines."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 pytest_plugins = ["tests.backend_fixtures"]
 
 CACHE = Path(__file__).parent.parent / ".cache" / "models"
+
+# The same examples every time, and none refused because a busy machine was slow to make it or to run it.
+# ``--hypothesis-profile=explore`` looks for new ones.
+_UNTIMED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("same", derandomize=True, database=None, **_UNTIMED)
+hypothesis.settings.register_profile("explore", derandomize=False, **_UNTIMED)
+hypothesis.settings.load_profile("same")
+
+# What a shell or a CI service may have set, and what would change what is printed, asked or found
+for _name in (
+    *("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+    *("GITHUB_ACTIONS", "COLUMNS", "LINES"),
+    *("HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TENSORTIER_MODELS"),
+):
+    os.environ.pop(_name, None)
+os.environ["HF_TOKEN_PATH"] = str(CACHE.parent / "no-token")  # nobody is logged in
+# the servers of the tests are on loopback; pip may need the proxy for the rest
+_direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{_direct},127.0.0.1,localhost".lstrip(",")
 
 
 def _cached(name: str, build: Callable[[Path], Path]) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import socket
 import subprocess
@@ -35,7 +36,7 @@ FAULTS: dict[str, Any] = {
     "wrong_byte": None,  # this byte of every file is sent changed
     "no_ranges": False,  # always the whole file
     "bytes_per_second": None,
-    "stall_at": None,  # nothing more after this byte, and the connection stays open
+    "stall_at": None,  # nothing more after so many bytes, with an open connection, until other faults are set
     "stale_api": {},  # file -> entry of the list of files, whatever is there
     "extra_files": [],  # entries of the list of files of every repository
     "gone": [],  # repositories that a search finds and that are not there when asked for
@@ -50,7 +51,7 @@ class _State:
         self.folder = folder
         self.faults = dict(FAULTS)
         self.log: list[dict[str, Any]] = []
-        self.guard = threading.Lock()
+        self.guard = threading.Condition()  # notified of other faults
         self.digests: dict[tuple[str, int, int], tuple[str, str]] = {}
 
     def digest(self, path: Path) -> tuple[str, str]:
@@ -99,6 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.state.guard:
             if self.path == "/_faults":
                 self.state.faults = {**FAULTS, **body}
+                self.state.guard.notify_all()
             elif self.path == "/_clear":
                 self.state.log.clear()
         self._json({})
@@ -192,16 +194,14 @@ class _Handler(BaseHTTPRequestHandler):
                 end = faults["cut_at"]
                 if faults["cut_times"] is not None:
                     faults["cut_times"] -= 1
-        stall, speed = faults["stall_at"], faults["bytes_per_second"]
+        speed = faults["bytes_per_second"]
         step = 1 << 16 if speed is None else max(speed // 20, 1)
         try:
             while first < end:
-                if stall is not None and first >= stall:
-                    time.sleep(60)
-                chunk = data[first : min(first + step, end)]
+                chunk = data[first : min(first + step, self._until_the_stall(first), end)]
+                entry["sent"] += len(chunk)  # before: who has it may ask for the log at once
                 self.wfile.write(chunk)
                 first += len(chunk)
-                entry["sent"] += len(chunk)
                 if speed is not None:
                     time.sleep(len(chunk) / speed)
         except OSError:
@@ -209,6 +209,20 @@ class _Handler(BaseHTTPRequestHandler):
         if end < len(data):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_WR)
+
+    def _until_the_stall(self, first: int) -> int:
+        """The byte up to which may be sent, once there is anything to send behind ``first``."""
+        limit = sys.maxsize
+
+        def may_go_on() -> bool:
+            nonlocal limit
+            stall = self.state.faults["stall_at"]
+            limit = sys.maxsize if stall is None else stall
+            return first < limit
+
+        with self.state.guard:
+            self.state.guard.wait_for(may_go_on)
+        return limit
 
     def _json(self, value: Any) -> None:
         body = json.dumps(value).encode()
@@ -229,6 +243,7 @@ class Hub:
 
     folder: Path
     url: str = ""
+    _puts: int = 0
     _process: Any = field(default=None, repr=False)
 
     def __enter__(self) -> Hub:
@@ -247,7 +262,11 @@ class Hub:
     def put(self, repo: str, name: str, data: bytes) -> Path:
         path = self.folder / repo / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        coming = self.folder / "coming"  # apart from the repositories: nobody is sent half of it
+        coming.write_bytes(data)
+        self._puts += 1  # no two have the same time, however coarse the clock of the file system
+        os.utime(coming, (self._puts, self._puts))
+        coming.replace(path)
         return path
 
     def faults(self, **given: Any) -> None:
@@ -273,8 +292,8 @@ class Hub:
 
 def main() -> None:
     handler = type("Handler", (_Handler,), {"state": _State(Path(sys.argv[1]))})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server_class = type("Server", (ThreadingHTTPServer,), {"daemon_threads": True, "request_queue_size": 64})
+    server = server_class(("127.0.0.1", 0), handler)
     print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
     server.serve_forever()
 

@@ -111,8 +111,12 @@ def unfinished(folder: Path | None = None) -> list[Unfinished]:
     found = []
     for part in sorted((folder or models_dir()).rglob(f"*{PART}")):
         record = read_record(part.with_name(part.name + RECORD))
-        if record is not None and part.is_file():
+        if record is None or not part.is_file():
+            continue
+        try:
             found.append(Unfinished(part, record, part.stat().st_size))
+        except FileNotFoundError:  # finished in this moment
+            continue
     return found
 
 

@@ -390,7 +390,10 @@ def _beginning(file: HubFile, path: Path) -> int:
     record = read_record(part.with_name(part.name + RECORD))
     if record is None or not _is_of(record, file) or not part.is_file():
         return 0
-    size = part.stat().st_size
+    try:
+        size = part.stat().st_size
+    except FileNotFoundError:  # in this moment another process has finished it
+        return 0
     return size if size <= file.size else 0
 
 
