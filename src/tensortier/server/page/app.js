@@ -26,6 +26,7 @@ const page = {
   loaded: [], // as the server tells
   lost: false, // it does not tell any more
   measuring: false,
+  applying: false, // a plan is being made, to be loaded then
   applied: null, // {id, curve, step} of the plan that was applied here
 };
 
@@ -252,51 +253,58 @@ function ready() {
 
 async function apply() {
   if (!enabled($("apply"))) return;
-  enable($("apply"), false);
-  setText($("load-text"), "planning …");
-  $("load").hidden = false;
-  $("load-progress").removeAttribute("value");
+  page.applying = true;
+  showLoads();
   try {
     const { curve, step } = page;
     complain("", "choice");
     await withPlan(async (plan) => {
       if (step === page.step) showWhy(plan.reasons, plan.warnings);
       page.applied = { id: plan.id, curve, step };
+      page.applying = false; // from here on the server tells how far it is
       await post("api/load", { plan: plan.id });
     });
   } catch (error) {
     page.applied = null;
-    enable($("apply"), true);
-    $("load").hidden = true;
+    page.applying = false;
+    showLoads();
     complain(error.message);
   }
 }
 
-const PHASES = { planning: "planning", loading: "loading", unloading: "freeing memory", ready: "ready", failed: "failed" };
+const UNDER_WAY = ["waiting", "planning", "loading"];
+const PHASES = { waiting: "waiting", planning: "planning", loading: "loading", unloading: "freeing memory", ready: "ready", failed: "failed" };
 
 function showLoads() {
   const chosen = page.curve?.model.id;
   const now = page.loaded.find((one) => one.phase !== "unloading") ?? page.loaded[0];
   const pill = $("state");
-  setText(pill, now ? `${isolated(now.model)}: ${PHASES[now.phase]}${now.phase === "loading" ? ` ${Math.round(100 * now.fraction)} %` : ""}` : "no model loaded");
+  setText(pill, page.measuring ? "measuring this machine" : now ? `${isolated(now.model)}: ${PHASES[now.phase]}${now.phase === "loading" ? ` ${Math.round(100 * now.fraction)} %` : ""}` : "no model loaded");
   document.title = now?.phase === "ready" ? `${now.model} · tensortier` : "tensortier";
-  pill.className = `pill ${now?.phase ?? "none"}`;
+  pill.className = `pill ${page.measuring ? "waiting" : (now?.phase ?? "none")}`;
   const talking = ready() ?? now;
   setText($("chat-model"), talking ? `with ${isolated(talking.model)}` : "");
   loaded.show(page.loaded);
   const mine = page.loaded.find((one) => one.model === chosen && one.phase !== "unloading");
-  const busy = mine && (mine.phase === "planning" || mine.phase === "loading");
+  const busy = page.applying || UNDER_WAY.includes(mine?.phase);
   enable($("apply"), !busy && Boolean(page.curve));
-  $("load").hidden = !mine || mine.phase === "unloading";
-  enable($("measure-start"), !page.measuring && !page.loaded.some((one) => one.phase === "planning" || one.phase === "loading"));
-  if (!mine) return;
+  $("load").hidden = !mine && !page.applying;
+  enable($("measure-start"), !page.measuring && !page.loaded.some((one) => UNDER_WAY.includes(one.phase)));
   const bar = $("load-progress");
   bar.hidden = !busy;
+  if (page.applying) {
+    bar.removeAttribute("value");
+    setText($("load-text"), page.measuring ? "waiting for the measurement of this machine …" : "planning …");
+    $("load-text").className = "";
+    return;
+  }
+  if (!mine) return;
   if (mine.phase === "loading") bar.value = mine.fraction;
   else bar.removeAttribute("value");
   const ours = page.applied?.id === mine.plan;
   const here = ours && page.applied.curve === page.curve && page.applied.step === page.step;
   const told = {
+    waiting: `waiting for ${isolated(mine.waits_for)} …`,
     planning: "planning …",
     loading: `loading, ${Math.round(100 * mine.fraction)} %`,
     ready: here ? "this plan is in use" : ours ? "in use with another position" : "in use, by a plan that was not made here",

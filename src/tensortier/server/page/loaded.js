@@ -19,6 +19,7 @@ export function figures(m) {
 }
 
 const WORDS = {
+  waiting: ["waiting", "Stop"],
   planning: ["planning", "Stop"],
   loading: ["loading", "Stop"],
   ready: ["", "Unload"],
@@ -77,11 +78,12 @@ export class Loaded {
     return row;
   }
 
-  #update(row, { model, phase, fraction, memory, error }) {
+  #update(row, { model, phase, waits_for, fraction, memory, error }) {
     const [word, action] = WORDS[phase];
     const held = memory.reduce((sum, [device, ...sizes]) => sum + (device === "process" ? 0 : sizes.reduce((a, b) => a + b, 0)), 0);
     const size = held && phase !== "failed" ? `holds ${bytes(held)}` : "";
-    const loading = phase === "loading" ? `${word}, ${Math.round(100 * fraction)} %` : word;
+    const waiting = phase === "waiting" ? `${word} for ${isolated(waits_for)}` : `${word}, waiting for ${isolated(waits_for)}`;
+    const loading = phase === "loading" ? `${word}, ${Math.round(100 * fraction)} %` : waits_for ? waiting : word;
     setText(row.text, phase === "failed" ? `${word}: ${error}` : phase === "ready" ? size : loading);
     row.text.classList.toggle("error", phase === "failed");
     if (!action && row.button === document.activeElement) this.elsewhere();
