@@ -163,9 +163,9 @@ def test_the_flag_is_seen_by_other_threads() -> None:
 
     thread = threading.Thread(target=ask)
     thread.start()
-    asked.wait(10)
+    asked.wait(60)
     native().tt_set_flag(address, 1)
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

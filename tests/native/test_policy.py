@@ -197,8 +197,9 @@ def test_traces_that_are_none(numbers: list[int], told: str, tmp_path: Path) -> 
 
 @pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers end the process here")
 def test_more_experts_than_there_is_memory_for() -> None:
+    """Nor addresses, or a system that promises more memory than it has would begin."""
     with pytest.raises(UsageError, match="not enough memory to replay"):
-        replay(as_trace([(0, [1])]), "lru", [0] * 4096, (4096, 2**31 - 1))
+        replay(as_trace([(0, [1])]), "lru", [0] * (1 << 20), (1 << 20, 2**31 - 1))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0), (-1, 8)])
