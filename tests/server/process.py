@@ -16,7 +16,38 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_START_SECONDS = 60.0
+import psutil
+
+PATIENCE = 120.0  # seconds, where a test only waits for something: against hanging, no claim about speed
+_LOAD_IS_HELD = """
+import os, sys, time
+from pathlib import Path
+
+
+class Gate:
+    def find_spec(self, name, path=None, target=None):
+        while name == "tensortier.engine" and not Path(os.environ["RELEASE"]).exists():
+            time.sleep(0.01)
+
+
+sys.meta_path.insert(0, Gate())
+"""
+
+
+class HeldLoading:
+    """A server with ``more=environment`` does not get past the beginning of its first loading before ``release``.
+
+    Loading imports the engine in its thread; Python runs a ``sitecustomize`` at its start, which has that wait.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(_LOAD_IS_HELD)
+        self._release = folder / "release"
+        self.environment = {"PYTHONPATH": str(folder), "RELEASE": str(self._release)}
+
+    def release(self) -> None:
+        self._release.touch()
 
 
 class ServerProcess:
@@ -55,7 +86,7 @@ class ServerProcess:
         ]
         for reader in self._readers:
             reader.start()
-        if not self._told.wait(_START_SECONDS) or not self.url:
+        if not self._told.wait(PATIENCE) or not self.url:
             self.process.kill()
             raise AssertionError("the server did not start:\n" + "".join(self.log))
 
@@ -76,7 +107,7 @@ class ServerProcess:
         """Status and JSON, or text where it is none."""
         request = urllib.request.Request(self.url + path, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 status, body = answer.status, answer.read()
         except urllib.error.HTTPError as exc:
             status, body = exc.code, exc.read()
@@ -90,7 +121,7 @@ class ServerProcess:
         assert status == 200
         return found
 
-    def ready(self, seconds: float = 60.0) -> ServerProcess:
+    def ready(self, seconds: float = PATIENCE) -> ServerProcess:
         """Wait until the model is loaded."""
         end = time.monotonic() + seconds
         while (found := self.get("/health"))[0] != 200:
@@ -98,7 +129,7 @@ class ServerProcess:
             time.sleep(0.05)
         return self
 
-    def quiet(self, seconds: float = 10.0, **headers: str) -> dict[str, Any]:
+    def quiet(self, seconds: float = PATIENCE, **headers: str) -> dict[str, Any]:
         """Wait until nothing goes on, neither in the server nor in the engines; fails where something stays."""
         end = time.monotonic() + seconds
         while True:
@@ -118,14 +149,26 @@ class ServerProcess:
 
     def threads(self) -> int:
         """Of the process, those of libraries included; but not those of pools, which stay for a while."""
-        pooled = [name for name in self.stats()["threads"] if name.startswith(("AnyIO", "asyncio_"))]
-        return sum(1 for _ in Path(f"/proc/{self.process.pid}/task").iterdir()) - len(pooled)
+        while True:
+            pooled = self._pooled()
+            found = sum(1 for _ in Path(f"/proc/{self.process.pid}/task").iterdir())
+            if pooled == self._pooled():  # none began or ended between the two looks
+                return found - pooled
 
-    def wait(self, seconds: float = 30.0) -> int:
+    def _pooled(self) -> int:
+        return sum(name.startswith(("AnyIO", "asyncio_")) for name in self.stats()["threads"])
+
+    def cpu_seconds(self) -> float:
+        """What the process has computed so far. Unlike a clock's, its differences do not grow with what else goes on
+        on the machine."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The exit code."""
         code = self.process.wait(seconds)
         for reader in self._readers:
-            reader.join(5)
+            reader.join(PATIENCE)
         return code
 
     def stop(self, number: int = signal.SIGTERM) -> int:

@@ -14,7 +14,7 @@ import pytest
 
 from tensortier.errors import LoadError, ModelNotFound
 from tensortier.server.loading import ModelUnavailable
-from tests.server.process import ServerProcess
+from tests.server.process import PATIENCE, ServerProcess
 from tests.server.test_host import World, host_of, phases, run, until
 
 
@@ -98,7 +98,7 @@ def test_in_a_server(tmp_path: Path) -> None:
                 server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
             )
             try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
+                with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                     return int(answer.status)
             except urllib.error.HTTPError as exc:
                 exc.close()
@@ -109,7 +109,7 @@ def test_in_a_server(tmp_path: Path) -> None:
 
         before = resident()
         assert post("/api/unload", {"model": "smollm2"}) == 202
-        end = time.monotonic() + 10
+        end = time.monotonic() + PATIENCE
         while server.stats()["models"]:
             assert time.monotonic() < end
             time.sleep(0.02)
