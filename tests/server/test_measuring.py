@@ -160,22 +160,19 @@ def test_a_server_ends_in_the_middle_of_one(tmp_path: Path, models_folder: Path)
 
 
 def test_a_server_waits_for_another_program_that_loads(tmp_path: Path, models_folder: Path) -> None:
-    with holder(tmp_path) as other:
-        with Measuring(tmp_path, models_folder) as running:
-            until(lambda: running.get("/health")[1].get("phase") == "waiting")
-            health = running.get("/health")
-            assert health[0] == 503 and health[1]["status"] == "loading"
-            assert health[1]["waits_for"] == "another tensortier to finish loading"
-            assert post(running, "/api/unload", {"model": "tiny"})[0] == 202
-            assert running.get("/health")[1] == {"status": "failed", "error": "the loading was ended"}
-            with concurrent.futures.ThreadPoolExecutor() as threads:
-                on_demand = threads.submit(complete, running, "smollm2")
-                until(
-                    lambda: (
-                        running.phases().get("smollm2") == ("waiting", "another tensortier to finish loading")
-                    )
-                )
-                other.kill()  # as good as any other end
-                assert on_demand.result(60)[0] == 200
-            assert [line for line in running.log if "waiting for another tensortier" in line]
-            assert running.stop() == 0
+    with holder(tmp_path) as other, Measuring(tmp_path, models_folder) as running:
+        until(lambda: running.get("/health")[1].get("phase") == "waiting")
+        health = running.get("/health")
+        assert health[0] == 503 and health[1]["status"] == "loading"
+        assert health[1]["waits_for"] == "another tensortier to finish loading"
+        assert post(running, "/api/unload", {"model": "tiny"})[0] == 202
+        assert running.get("/health")[1] == {"status": "failed", "error": "the loading was ended"}
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            on_demand = threads.submit(complete, running, "smollm2")
+            until(
+                lambda: running.phases().get("smollm2") == ("waiting", "another tensortier to finish loading")
+            )
+            other.kill()  # as good as any other end
+            assert on_demand.result(60)[0] == 200
+        assert [line for line in running.log if "waiting for another tensortier" in line]
+        assert running.stop() == 0
