@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,7 +122,7 @@ INTERRUPTED = """
 import pathlib, sys
 from tensortier import backends
 backends.paths.cache_dir = lambda: pathlib.Path(sys.argv[1])
-backends.build("rpc", source=pathlib.Path(sys.argv[2]))
+backends.build("rpc", source=pathlib.Path(sys.argv[2]), progress=lambda line: print(line, flush=True))
 """
 
 
@@ -132,16 +131,17 @@ def test_interrupted_build_leaves_nothing_in_the_way(
     cache: Path, fake_cmake: Path, how: signal.Signals
 ) -> None:
     source = archive(fake_cmake / "source.tar.gz")
-    (fake_cmake / "build.sh").write_text(f'echo $$ > "{fake_cmake}/pid"; exec sleep 60')
+    (fake_cmake / "build.sh").write_text(
+        f'echo $$ > "{fake_cmake}/pid"; echo "[1/2] compiling"; exec sleep 600'
+    )
     argv = [sys.executable, "-c", INTERRUPTED, str(fake_cmake / "cache"), str(source)]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE)
-    pid_file = fake_cmake / "pid"
-    deadline = time.monotonic() + 20
-    while not (pid_file.exists() and pid_file.read_text().strip()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    compiler = int(pid_file.read_text())
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    # not before it listens to the compiler, which is then known to it as well
+    assert b"compiling rpc 1/2\n" in iter(process.stdout.readline, b"")
+    compiler = int((fake_cmake / "pid").read_text())
     process.send_signal(how)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     if how == signal.SIGINT:
         assert b"KeyboardInterrupt" in errors
         with pytest.raises(ProcessLookupError):
@@ -157,22 +157,21 @@ def test_interrupted_build_leaves_nothing_in_the_way(
 
 def test_two_builds_at_once_compile_once(cache: Path, fake_cmake: Path) -> None:
     source = archive(fake_cmake / "source.tar.gz")
-    (fake_cmake / "build.sh").write_text(f"sleep 0.5; {MAKES_RPC}")
+    go_on = fake_cmake / "go on"  # the first compiles until the second waits for it, or for a minute
+    waits = f'n=0; while [ ! -e "{go_on}" ] && [ $n -lt 3000 ]; do sleep 0.02; n=$((n + 1)); done'
+    (fake_cmake / "build.sh").write_text(f"{waits}; {MAKES_RPC}")
     lines: list[str] = []
-    results: list[Path] = []
-    threads = [
-        threading.Thread(
-            target=lambda: results.append(backends.build("rpc", source=source, progress=lines.append))
-        )
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [cache / "libggml-rpc.so"] * 2
+
+    def told(line: str) -> None:
+        lines.append(line)
+        if line.startswith("waiting"):
+            go_on.touch()
+
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(backends.build, "rpc", source=source, progress=told) for _ in range(2)]
+        assert [r.result() for r in running] == [cache / "libggml-rpc.so"] * 2
     assert len((fake_cmake / "calls").read_text().splitlines()) == 2
-    assert "waiting for another process that builds rpc" in lines
+    assert lines.count("waiting for another process that builds rpc") == 1
 
 
 def test_sources_that_are_refused(cache: Path, fake_cmake: Path) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -139,12 +138,14 @@ def worker() -> Iterator[EngineThread]:
 
 
 def counting(stop: threading.Event, ended: threading.Event) -> Iterator[int]:
-    """An endless source that ends as the engine does: with Cancelled."""
-    number = 0
+    """A source without an end (but for two minutes) that ends as the engine does: with Cancelled."""
     try:
-        while not stop.wait(0.005):
+        for number in range(24_000):
+            if stop.wait(0.005):
+                break
             yield number
-            number += 1
+        else:
+            return
         raise Cancelled("stopped")
     finally:
         ended.set()
@@ -184,18 +185,20 @@ def test_ctrl_c_cancels_and_keeps_what_there_is(worker: EngineThread) -> None:
 
 
 def test_a_cancel_that_comes_too_early_is_repeated(worker: EngineThread) -> None:
-    stop = threading.Event()
+    stop, asked = threading.Event(), threading.Event()
 
     def source() -> Iterator[int]:
-        time.sleep(0.15)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.wait(120)
         stop.clear()  # as an engine does when a request begins
         yield from counting(stop, threading.Event())
 
-    started = time.monotonic()
-    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    def cancel() -> None:
+        stop.set()
+        asked.set()
+
     with pytest.raises(Cancelled):
-        list(worker.stream(source, stop.set))
-    assert time.monotonic() - started < 5
+        list(worker.stream(source, cancel))
 
 
 def test_a_consumer_that_stops_early_ends_the_source(worker: EngineThread) -> None:
@@ -211,20 +214,23 @@ def test_a_second_ctrl_c_ends_a_process_that_is_stuck() -> None:
     program = textwrap.dedent("""
         import time
         from tensortier.cli.worker import EngineThread
-        print("ready", flush=True)
-        EngineThread().call(lambda: time.sleep(60), lambda: None)  # does not listen to cancel
+
+        def work():  # does not listen to cancel
+            print("inside", flush=True)
+            time.sleep(600)
+
+        EngineThread().call(work, lambda: print("asked to end", flush=True))
     """)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"inside\n"
+        process.send_signal(signal.SIGINT)
+        # twice: it goes on after the first time
+        assert [process.stdout.readline() for _ in range(2)] == [b"asked to end\n"] * 2
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.count(b"\n") == 2
     assert b"Traceback" not in err

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -170,13 +176,17 @@ def test_cores_of_arm_clusters_and_of_equal_cores(tmp_path: Path) -> None:
 
 @linux
 def test_real_machine_agrees_with_psutil() -> None:
-    found, memory = system.cpu(), system.memory()
+    found = system.cpu()
+    # what is available changes while it is looked at
+    before = psutil.virtual_memory().available
+    memory = system.memory()
+    after = psutil.virtual_memory().available
     assert found.logical_cores == psutil.cpu_count()
     assert found.physical_cores == psutil.cpu_count(logical=False)
     assert 1 <= found.usable_cpus <= len(os.sched_getaffinity(0))
     assert memory.total == psutil.virtual_memory().total
     assert 0 < memory.available <= memory.limit <= memory.total
-    assert memory.available <= psutil.virtual_memory().available + GIB // 4
+    assert memory.available <= max(before, after) + GIB // 4
     assert found.model in Path("/proc/cpuinfo").read_text() or found.model == "unknown"
 
 
@@ -212,11 +222,25 @@ def test_probe_inside_a_real_control_group() -> None:
         argv = [sys.executable, "-c", PROBE_IN_GROUP, str(folder / "cgroup.procs")]
         answer = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
     finally:
-        folder.rmdir()
+        remove_group(folder)
     limit, before, after = json.loads(answer.stdout)
     assert limit == 512 << 20
     assert (380 << 20) < before <= limit
     assert abs((before - after) - (128 << 20)) < 16 << 20
+
+
+def remove_group(folder: Path) -> None:
+    """The kernel may still be busy with the last process of it."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            folder.rmdir()
+        except OSError as exc:
+            if exc.errno != errno.EBUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def test_drive_of_a_name_that_begins_with_a_tilde_and_no_user() -> None:
@@ -296,8 +320,11 @@ def test_probe_lists_the_remote_device_and_prints(rpc_device: str) -> None:
 
 
 def test_probe_of_a_server_that_is_not_there() -> None:
-    with pytest.raises(LibraryError, match=r"127\.0\.0\.1:1\b"):
-        hardware.probe(rpc=["127.0.0.1:1"])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody else can listen there, and it does not
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(LibraryError, match=rf"no RPC server answers at {re.escape(address)}\b"):
+            hardware.probe(rpc=[address])
 
 
 @pytest.mark.parametrize(
@@ -319,16 +346,18 @@ def test_a_port_where_something_else_listens(
 ) -> None:
     from tensortier._llama import devices
 
-    monkeypatch.setattr(devices, "_RPC_SECONDS", 0.3)
+    # a short time only where it has to pass
+    monkeypatch.setattr(devices, "_RPC_SECONDS", 0.3 if told.startswith("does not answer") else 120)
     over = threading.Event()
 
     def serve() -> None:
         connection, _ = server.accept()
         with connection:
             connection.recv(33, socket.MSG_WAITALL)
-            connection.sendall(answer)
+            with contextlib.suppress(OSError):  # the other side may have heard enough
+                connection.sendall(answer)
             if stays:
-                over.wait(10)
+                over.wait(120)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=serve)
@@ -340,6 +369,34 @@ def test_a_port_where_something_else_listens(
         finally:
             over.set()
             thread.join()
+
+
+def test_a_server_that_answers_a_byte_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the time is over, between two bytes or in the middle of waiting for one."""
+    from tensortier._llama import devices
+
+    now = 0.0
+
+    class Slow(contextlib.nullcontext[None]):
+        def __enter__(self) -> Any:
+            return self
+
+        def sendall(self, _data: bytes) -> None:
+            pass
+
+        def settimeout(self, seconds: float) -> None:
+            assert seconds > 0
+
+        def recv(self, _size: int) -> bytes:
+            nonlocal now
+            now += 0.5
+            return b"x"
+
+    monkeypatch.setattr(devices, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(devices.socket, "create_connection", lambda *_, **__: Slow())
+    with pytest.raises(BackendError, match="does not answer within 5 s"):
+        devices._greet("h:1", "h", 1)
+    assert now == 5.0
 
 
 def test_details_only_where_it_is_certain_which_card_is_which() -> None:

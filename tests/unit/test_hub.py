@@ -8,10 +8,10 @@ import io
 import socket
 import urllib.error
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.message import Message
-from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -247,11 +247,13 @@ def test_when_to_come_back(headers: dict[str, str], expected: float) -> None:
     assert hub.retry_after(urllib.error.HTTPError("u", 404, "gone", message, io.BytesIO())) is None
 
 
-def test_when_to_come_back_as_a_date() -> None:
+def test_when_to_come_back_as_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
     message = Message()
-    message["Retry-After"] = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
-    seconds = hub.retry_after(urllib.error.HTTPError("u", 503, "busy", message, io.BytesIO()))
-    assert seconds is not None and 55 < seconds <= 60
+    message["Retry-After"] = "Wed, 21 Oct 2015 07:28:00 GMT"  # RFC 9110, 10.2.3
+    then = datetime(2015, 10, 21, 7, 28, tzinfo=UTC).timestamp()
+    for now, seconds in ((then - 60, 60), (then, 0), (then + 5, 0)):
+        monkeypatch.setattr(hub, "time", SimpleNamespace(time=lambda now=now: now))
+        assert hub.retry_after(urllib.error.HTTPError("u", 503, "busy", message, io.BytesIO())) == seconds
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,9 @@ def _greet(endpoint: str, host: str, port: int) -> None:
         deadline = time.monotonic() + _RPC_SECONDS
         with socket.create_connection((host, port), timeout=_RPC_SECONDS) as connection:
             connection.sendall(request)
-            while len(answer) < wanted and (left := deadline - time.monotonic()) > 0:
+            while len(answer) < wanted:
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise TimeoutError
                 connection.settimeout(left)
                 if not (data := connection.recv(wanted - len(answer))):
                     break
