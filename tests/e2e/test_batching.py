@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -22,10 +21,12 @@ import pytest
 
 from tensortier import memory
 from tensortier._llama.memory import allocated
+from tensortier._llama.sequences import Outcome
 from tensortier.engine import Engine, Request
 from tensortier.errors import Cancelled, ContextFull, GenerationError, TensortierError, UsageError
 from tensortier.types import GenerationStats, Piece, Placement, Plan, Sampling, Settings
 from tests import tier_runs as runs
+from tests.engine_moments import ENDLESS, Batches, Heard, Operations, together, wait_until
 from tests.models import bert
 
 TOPICS = ["the sea", "a lighthouse", "bread", "the moon", "iron", "chess", "a river", "rain", "bees", "glass"]
@@ -80,19 +81,13 @@ def reference(tiny_path: Path) -> Iterator[Reference]:
     found.llama.close()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_each_gets_its_own_answer(engine: Engine, reference: Reference) -> None:
     """More requests than sequences, prompts of several micro-batches among them."""
     prompts = [
         f"{'Some notes. ' * (17 * i % 90)}A short text about {topic}:" for i, topic in enumerate(TOPICS)
     ]
-    requests = [ask(engine, prompt, 12 + i) for i, prompt in enumerate(prompts)]
+    with together(engine):
+        requests = [ask(engine, prompt, 12 + i) for i, prompt in enumerate(prompts)]
     found = [answer(request) for request in requests]
     for i, (prompt, tokens, request) in enumerate(zip(prompts, found, requests, strict=True)):
         assert len(tokens) == 12 + i == request.stats.completion_tokens
@@ -103,7 +98,8 @@ def test_a_common_beginning_is_computed_once(engine: Engine, reference: Referenc
     beginning = "You are the keeper of a lighthouse and answer in one sentence. " * 6
     first = ask(engine, beginning + "What do you eat?", 8)
     answer(first)
-    requests = [ask(engine, f"{beginning}What about {topic}?", 8) for topic in TOPICS[:4]]
+    with together(engine):
+        requests = [ask(engine, f"{beginning}What about {topic}?", 8) for topic in TOPICS[:4]]
     found = [answer(request) for request in requests]
     shared = len(engine.tokenize(beginning))
     for topic, tokens, request in zip(TOPICS, found, requests, strict=False):
@@ -115,39 +111,42 @@ def test_a_common_beginning_is_computed_once(engine: Engine, reference: Referenc
 
 def test_one_that_is_still_generating_gives_its_beginning(engine: Engine, reference: Reference) -> None:
     prompt = "A story that is told by an old man at the harbour, who has seen much: "
-    long = ask(engine, prompt, 300)
-    next(iter(long))
-    other = ask(engine, prompt + "It begins with", 10)
-    tokens = answer(other)
-    assert other.stats.cached_tokens >= len(engine.tokenize(prompt)) - 1
-    assert long.stats.finish_reason is None
+    with together(engine):
+        long = Heard(ask(engine, prompt, 300), {1: lambda: follow()})
+    others: list[Heard] = []
+    unfinished: list[bool] = []
+
+    def follow() -> None:
+        look = {10: lambda: unfinished.append(long.request.stats.finish_reason is None)}
+        others.append(Heard(ask(engine, prompt + "It begins with", 10), look))
+
+    wait_until(lambda: bool(unfinished))
+    long.request.cancel()
+    (other,) = others
+    tokens = answer(other.wait())
+    assert other.request.stats.cached_tokens >= len(engine.tokenize(prompt)) - 1
+    assert unfinished == [True]
     reference.check(engine.tokenize(prompt + "It begins with"), tokens)
-    long.cancel()
 
 
 def test_nobody_waits_for_a_long_prompt(engine: Engine) -> None:
     """Who generates has a token in every batch; a short prompt that comes later is ready earlier."""
     order: list[str] = []
-    done = threading.Event()
+    later: list[Heard] = []
 
-    def listener(name: str) -> Callable[[Piece | TensortierError | None], None]:
-        def hear(item: Piece | TensortierError | None) -> None:
-            order.append(name)
-            if not isinstance(item, Piece) and name == "long":
-                done.set()
+    def follow() -> None:
+        for name, prompt in (("long", "several words in a long row " * 90), ("short", "one two three " * 25)):
+            later.append(Heard(ask(engine, prompt, 1), {1: lambda name=name: order.append(name)}))  # type: ignore[misc]
 
-        return hear
-
-    steady = ask(engine, "A text about the moon:", 400)
-    next(steady)
-    steady.listen(listener("steady"))
-    long = ask(engine, "several words in a long row " * 90, 1)
-    long.listen(listener("long"))
-    short = ask(engine, "one two three " * 25, 1)
-    short.listen(listener("short"))
-    assert done.wait(20)
-    steady.cancel()
-    batches = long.stats.prompt_tokens // 64  # of a micro-batch each
+    every = {n: lambda: order.append("steady") for n in range(2, 400)}
+    with together(engine):
+        steady = Heard(ask(engine, "A text about the moon:", 400), {1: follow, **every})
+    wait_until(lambda: len(later) == 2)
+    long, short = later
+    long.wait()
+    short.wait()
+    steady.request.cancel()
+    batches = long.request.stats.prompt_tokens // 64  # of a micro-batch each
     assert order.index("short") < order.index("long")
     assert order[: order.index("long")].count("steady") >= batches
 
@@ -159,10 +158,15 @@ def test_when_cells_run_out_the_newest_is_computed_again(tiny_path: Path, refere
         sent_back = []
         give_way = engine._scheduler._give_way
         engine._scheduler._give_way = lambda tasks: (sent_back.append(1), give_way(tasks))  # type: ignore[assignment]
-        requests = [ask(engine, prompt, 120) for prompt in prompts]
-        while (now := engine.activity()).active + now.waiting:
+        with together(engine):
+            requests = [ask(engine, prompt, 120) for prompt in prompts]
+
+        def ended() -> bool:
+            now = engine.activity()
             assert now.kv_used_cells <= now.n_ctx == 256
-            time.sleep(0.002)
+            return now.active + now.waiting == 0
+
+        wait_until(ended)
         assert sent_back
         for prompt, request in zip(prompts, requests, strict=True):
             tokens = answer(request)
@@ -183,25 +187,41 @@ def test_an_answer_that_fills_the_context_alone(tiny_path: Path) -> None:
             ask(engine, "word " * 300, 1)
 
 
-def test_who_cancels_in_a_long_prompt_goes_alone(smollm2_path: Path) -> None:
+def test_who_cancels_in_a_long_prompt_goes_alone(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a micro-batch of 2048, which takes seconds: it is not computed to its end."""
     settings = Settings(
-        n_ctx=8192, n_batch=2048, n_ubatch=2048, n_seq_max=3, threads=2, flash_attention="off"
+        n_ctx=8192, n_batch=2048, n_ubatch=2048, n_seq_max=3, threads=1, flash_attention="off"
     )
     with Engine(Plan(str(smollm2_path), settings=settings)) as engine:
         alone = answer(ask(engine, "A text about a lighthouse:", 60))
-        beside = ask(engine, "A text about a lighthouse:", 60)
-        first = next(beside).logprobs[0].token_id
-        long = ask(engine, "one two three four five " * 900, 10)
-        wait_until(lambda: engine.activity().active == 2)
-        time.sleep(0.3)  # it is in a micro-batch of 2048 now, which takes seconds
-        started = time.monotonic()
-        long.cancel()
-        with pytest.raises(Cancelled):
-            list(long)
-        assert time.monotonic() - started < 1.0
+        operations = Operations(engine)
+        long: list[Request] = []
+
+        def go() -> None:
+            operations.asked, operations.limit = 0, 100
+            operations.then = lambda: long[0].cancel()
+
+        asked: list[int] = []  # of the batch before
+
+        def before(tokens: int) -> None:
+            asked.append(operations.asked)
+            if tokens > 1000:
+                go()
+
+        batches = Batches(monkeypatch, before)
+        beside = Heard(
+            ask(engine, "A text about a lighthouse:", 60),
+            {1: lambda: long.append(ask(engine, "one two three four five " * 900, 10))},
+        )
         # its tokens but one were computed in batches of one: the same numbers
-        assert [first, *answer(beside)] == alone
-        assert beside.stats.finish_reason == "length"
+        assert answer(beside.wait()) == alone
+        assert beside.request.stats.finish_reason == "length"
+        with pytest.raises(Cancelled):
+            list(long[0])
+        (given_up,) = (i for i, outcome in enumerate(batches.outcomes) if outcome is not Outcome.DONE)
+        assert batches.outcomes[given_up] is Outcome.ABORTED and batches.sizes[given_up] == 2048
+        assert max(size for i, size in enumerate(batches.sizes) if i != given_up) < 100
+        assert operations.limit <= asked[given_up + 1] < operations.limit + 10
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "window"])
@@ -254,26 +274,34 @@ def test_copies_of_a_window_leave_room(synthetic: Callable[..., Path]) -> None:
 
 
 def test_an_interrupted_state_is_made_anew(synthetic: Callable[..., Path]) -> None:
-    """Linear attention: what the layers hold after half a micro-batch belongs to no token."""
+    """Linear attention: what the layers hold after a part of a micro-batch belongs to no token. Interrupted by who
+    asked for it, and on its way to an answer that somebody waits for."""
     small = {"layers": 4, "n_embd": 256, "n_ff": 256, "heads": 4, "kv_heads": 2, "experts": 4, "used": 2}
     path = synthetic(**small, arch="qwen3next", shared=256, merged=True, qtype="Q8_0")
     reference = Reference(path)
     settings = Settings(n_ctx=2048, n_batch=1024, n_ubatch=1024, threads=2, flash_attention="off")
     with Engine(Plan(str(path), settings=settings)) as engine:
         prompt = engine.tokenize("The keeper of the lighthouse wrote a letter to his sister. " * 70)[:800]
-        aborted = 0
-        for milliseconds in (20, 40, 80, 120):
+        operations = Operations(engine)
+        answer(ask(engine, prompt, 1))
+        of_the_prompt = operations.asked
+        assert of_the_prompt > 100
+        for share in (0.0, 0.3, 0.6, 0.9):
             answer(ask(engine, prompt[:100], 1))  # something to go on from
-            request = ask(engine, prompt, 4)
-            time.sleep(milliseconds / 1000)
-            request.cancel()
-            try:
+            with together(engine):
+                request = ask(engine, prompt, 4)
+                operations.asked, operations.limit = 0, 1 + int(share * of_the_prompt)
+                operations.then = request.cancel
+            with pytest.raises(Cancelled):
                 list(request)
-            except Cancelled:
-                aborted += 1
-            tokens = answer(ask(engine, prompt, 4))
-            reference.check(prompt, tokens)
-        assert aborted
+            reference.check(prompt, answer(ask(engine, prompt, 4)))
+            answer(ask(engine, prompt[:100], 1))
+            with together(engine):
+                request = ask(engine, prompt, 4)
+                operations.asked = 0
+                operations.then = lambda: engine._parameters.abort(True)
+            reference.check(prompt, answer(request))
+            assert operations.asked > operations.limit
     reference.llama.close()
 
 
@@ -287,21 +315,20 @@ def test_listening(engine: Engine) -> None:
             done.set()
 
     request = ask(engine, "Hello, my name is", 8)
-    time.sleep(0.05)  # some pieces may be there already
+    wait_until(lambda: request.stats.completion_tokens > 2)  # some pieces are there already
     request.listen(listen)
-    assert done.wait(10)
+    assert done.wait(60)
     assert {name for name, _ in heard} == {"tensortier-engine"}
     pieces = [item for _, item in heard]
     assert pieces[-1] is None
     again = ask(engine, "Hello, my name is", 8)
     assert [p.text for p in pieces[:-1] if isinstance(p, Piece)] == [p.text for p in again]
 
-    done.clear()
-    request = ask(engine, "Hello, my name is", 500)
-    request.listen(listen)
-    request.cancel()
-    assert done.wait(10)
-    assert isinstance(heard[-1][1], Cancelled)
+    with together(engine):
+        given_up = Heard(ask(engine, "Hello, my name is", 500), {3: lambda: given_up.request.cancel()})
+    with pytest.raises(Cancelled):
+        given_up.wait()
+    assert len(given_up.pieces) == 3
 
 
 def test_a_listener_that_fails_ends_its_request_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +379,7 @@ def test_storms_of_cancels(engine: Engine, reference: Reference) -> None:
         if i % 3 == 0:
             request.cancel()
         elif i % 3 == 1:
-            time.sleep(0.004)
+            wait_until(lambda request=request: request.stats.prompt_seconds > 0)  # type: ignore[misc]
             request.cancel()
         del request
     tokens = answer(steady)
@@ -364,7 +391,7 @@ def test_storms_of_cancels(engine: Engine, reference: Reference) -> None:
 def test_closing_ends_all(smollm2_path: Path) -> None:
     settings = Settings(n_ctx=1024, n_seq_max=2, threads=2, flash_attention="off")
     engine = Engine(Plan(str(smollm2_path), settings=settings))
-    requests = [ask(engine, "Once upon a time", -1) for _ in range(5)]
+    requests = [ask(engine, "Once upon a time", -1, grammar=ENDLESS) for _ in range(5)]
     next(requests[0])
     engine.close()
     for request in requests:
@@ -485,19 +512,20 @@ def test_weights_on_the_drive(synthetic: Callable[..., Path]) -> None:
         for prompt, request in [(prompt, ask(engine, prompt, 12)) for prompt in prompts]:
             reference.check(prompt, answer(request))
         assert engine.paged is not None
-        requests = [ask(engine, prompt, 40) for prompt in prompts]
-        next(requests[0])
-        engine.paged.inject_fault(-errno.EIO)
-        outcomes = []
+        with together(engine):
+            requests = [ask(engine, prompt, 40) for prompt in prompts]
+            engine.paged.inject_fault(-errno.EIO, after=500)  # all of the first three generate then
+        outcomes: list[int | str] = []
         for request in requests:
             try:
                 outcomes.append(len(answer(request)))
             except GenerationError as exc:
                 outcomes.append(str(exc))
         failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
-        assert 1 <= len(failed) <= 3  # at most all that had a sequence
+        assert len(failed) == 3  # all that had a sequence
         assert all("Input/output error" in text for text in failed)
-        assert [outcome for outcome in outcomes[3:] if outcome == 40]  # who waited goes on
+        assert outcomes[3:] == [40, 40]  # who waited goes on
+        assert all(request.stats.completion_tokens > 0 for request in requests)
         reference.check(prompts[0], answer(ask(engine, prompts[0], 12)))
     reference.llama.close()
 

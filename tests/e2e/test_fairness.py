@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tensortier._llama.sequences import Batch, Outcome, Sequences
-from tensortier.engine import Engine
+from tensortier._llama.sequences import Outcome
+from tensortier.engine import Engine, Request
 from tensortier.errors import ContextFull, TensortierError
 from tensortier.types import Plan, Sampling, Settings
+from tests.engine_moments import ENDLESS, Batches, Heard, together, wait_until
 
 PARALLEL = 3
 
@@ -26,41 +27,45 @@ def engine(smollm2_path: Path) -> Iterator[Engine]:
         yield engine
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_clients_that_come_and_go_do_not_stop_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch is given up for a long prompt that nobody wants any more; the next one of the others is computed."""
-    outcomes: list[Outcome] = []
-    compute = Sequences.compute
+    """A batch is given up for a long prompt that nobody wants any more; the next one of the others is computed. Each
+    long prompt is given up in its first batch, and the next one is there before anything else is computed."""
+    here: list[Request] = []
 
-    def recorded(self: Sequences, batch: Batch) -> Outcome:
-        outcomes.append(compute(self, batch))
-        return outcomes[-1]
+    def before(tokens: int) -> None:
+        if tokens > 1:  # some of the long prompt are among them
+            gone = here.pop()
+            come()
+            gone.cancel()
 
-    monkeypatch.setattr(Sequences, "compute", recorded)
-    stays = engine.complete("x", Sampling(temperature=0, max_tokens=2000, logit_bias=((1000, 100.0),)))
-    next(stays)
-    deadline = time.monotonic() + 30
-    while outcomes.count(Outcome.ABORTED) < 6:
-        assert time.monotonic() < deadline
-        long = engine.complete(f"{len(outcomes)} " + "one two three four " * 250, Sampling(max_tokens=1))
-        time.sleep(0.02)
-        long.cancel()
-    stays.cancel()
-    twice = [a for a, b in itertools.pairwise(outcomes) if a is b is Outcome.ABORTED]
-    assert not twice[:-1]  # at the end nobody is left who would lose anything
+    def come() -> None:
+        here.append(
+            engine.complete(f"{len(batches.sizes)} " + "one two three four " * 250, Sampling(max_tokens=1))
+        )
+
+    with together(engine):
+        stays = Heard(engine.complete("x", Sampling(max_tokens=20, grammar=ENDLESS)), {1: lambda: start()})
+    batches = Batches(monkeypatch)
+
+    def start() -> None:
+        nonlocal batches
+        batches = Batches(monkeypatch, before)
+        come()
+
+    assert len(stays.wait()) >= 10
+    for request in here:
+        request.cancel()
+    wait_until(lambda: (now := engine.activity()).active + now.waiting == 0)
+    aborted = [outcome is Outcome.ABORTED for outcome in batches.outcomes[:39]]
+    assert aborted.count(True) >= 10
+    assert not any(a and b for a, b in itertools.pairwise(aborted))
 
 
 def test_a_prompt_is_computed_while_clients_come_and_go(engine: Engine) -> None:
     waits = engine.complete("five six seven eight " * 50, Sampling(max_tokens=1))
     waiting = threading.Thread(target=list, args=(waits,))
     waiting.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while waiting.is_alive():
         assert time.monotonic() < deadline
         long = engine.complete(f"{time.monotonic()} " + "one two three four " * 250, Sampling(max_tokens=1))
@@ -69,18 +74,25 @@ def test_a_prompt_is_computed_while_clients_come_and_go(engine: Engine) -> None:
 
 
 def test_many_texts_leave_room_for_others(engine: Engine) -> None:
+    """A request that comes while they are computed has its turn before most of them."""
     texts = [f"Text {number}" for number in range(60)]
-    found: list[Any] = []
-    embedding = threading.Thread(target=lambda: found.extend(engine.embed(texts)))
+    waiting: list[int] = []
+    computed: list[int] = []
     before = engine.activity().prompt_tokens_total
-    embedding.start()
-    wait_until(lambda: engine.activity().prompt_tokens_total > before)
-    assert engine.activity().waiting <= 2 * PARALLEL
-    list(engine.complete("x", Sampling(max_tokens=1)))
-    computed = engine.activity().prompt_tokens_total - before
-    embedding.join()
+
+    def look(_: object) -> None:
+        waiting.append(engine.activity().waiting)
+        if len(waiting) == 8:
+            request = engine.complete("x", Sampling(max_tokens=1))
+            others.append(Heard(request, {1: lambda: computed.append(engine.activity().prompt_tokens_total)}))
+
+    others: list[Heard] = []
+    found = engine.embed(texts, started=look)
+    (other,) = others
+    other.wait()
+    assert max(waiting) <= 2 * PARALLEL + 1
     assert len(found) == len(texts) and found[7].vector == pytest.approx(engine.embed(texts[7:8])[0].vector)
-    assert computed < sum(embedded.n_tokens for embedded in found) / 2
+    assert computed[0] - before < sum(embedded.n_tokens for embedded in found) / 2
 
 
 @pytest.mark.parametrize("unit", ["<|im_start|>", "a", "word ", "\n", "日", "1"])
@@ -121,7 +133,7 @@ def test_nobody_waits_while_a_text_is_read(engine: Engine, monkeypatch: pytest.M
     def slow(self: Any, text: str, **options: bool) -> list[int]:
         if text == "slow":
             begun.set()
-            assert go_on.wait(20)
+            assert go_on.wait(300)
         return tokenize(self, text, **options)
 
     monkeypatch.setattr(type(engine._loaded), "tokenize", slow)
@@ -135,17 +147,18 @@ def test_nobody_waits_while_a_text_is_read(engine: Engine, monkeypatch: pytest.M
 
     asking = threading.Thread(target=ask_slowly)
     asking.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     other: list[Any] = []
     asking_too = threading.Thread(target=lambda: other.extend(engine.complete("x", Sampling(max_tokens=1))))
     asking_too.start()
-    asking_too.join(10)
+    asking_too.join(60)
     assert other
     closing = threading.Thread(target=engine.close)
     closing.start()
-    time.sleep(0.2)
+    wait_until(lambda: engine._scheduler._closing)
+    time.sleep(0.2)  # if it were freed now, that would be seen; if later, it is not
     assert engine._loaded.model is not None
     go_on.set()
-    asking.join(20)
-    closing.join(20)
+    asking.join(60)
+    closing.join(60)
     assert engine._loaded.model is None and isinstance(found[0], TensortierError)
