@@ -6,6 +6,7 @@
 
 #include "computer.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace tt {
@@ -169,6 +170,7 @@ void Computer::forget_graph() {
     nodes_ = 0;
     tensors_.clear();
     scratch_.clear();
+    scratch_bytes_ = 0;
     scattered_.clear();
 }
 
@@ -211,6 +213,8 @@ void Computer::wait(double & stalled) {
 
 char * Computer::scratch(size_t nbytes) {
     scratch_.emplace_back(nbytes);
+    scratch_bytes_ += nbytes;
+    store_->scratch_bytes = std::max(store_->scratch_bytes, scratch_bytes_);
     return scratch_.back().data();
 }
 

@@ -66,6 +66,7 @@ private:
     size_t nodes_ = 0;           // in graph_
     std::deque<Tensor> tensors_; // that live until the graph was computed
     std::deque<std::vector<char>> scratch_;
+    uint64_t scratch_bytes_ = 0; // in scratch_
     std::vector<Scattered> scattered_;
     Store * store_ = nullptr; // whose mutex we hold
     std::unique_lock<std::mutex> lock_;

@@ -233,7 +233,7 @@ void Computer::expert_product(Tensor * node, const Weight & weight) {
         alone = true;
         run(); // what the rows to be gathered come from
         const size_t row_bytes = sizeof(float) * static_cast<size_t>(node->ne[0] + node->src[1]->ne[0]);
-        size_t gathered = 0, scratch_used = 0;
+        size_t gathered = 0;
         std::vector<size_t> chosen;
         std::vector<size_t> done;
         for (size_t k = 0; k < there.size(); ++k) {
@@ -247,12 +247,10 @@ void Computer::expert_product(Tensor * node, const Weight & weight) {
                 chosen.clear();
             }
             gathered += nbytes;
-            scratch_used = gathered;
             chosen.push_back(i);
             done.push_back(i);
         }
         product_of(*node, weight, pass, chosen);
-        store_->scratch_bytes = std::max<uint64_t>(store_->scratch_bytes, scratch_used);
         run(waited && gathered < ALONE_ROWS * row_bytes && done.size() * one_bytes < ALONE_BYTES);
         for (const size_t i : done) {
             experts().finished(group, part, i);

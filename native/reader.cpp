@@ -453,4 +453,9 @@ void Reader::inject(int64_t result, int64_t after, int64_t count) {
     fault_count_ = count;
 }
 
+void Reader::hold(uint64_t order) {
+    drain();
+    pieces_ = make_held_reader(std::move(pieces_), order);
+}
+
 } // namespace tt

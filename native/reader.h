@@ -130,6 +130,8 @@ public:
     // For tests: after `after` more pieces, the next `count` of them end with `result` (a negative errno, or
     // a number of bytes that is less than was asked).
     void inject(int64_t result, int64_t after, int64_t count);
+    // For tests: from now on reads end one by one, while somebody waits (make_held_reader).
+    void hold(uint64_t order);
 
 private:
     struct File {
@@ -178,5 +180,13 @@ private:
 // io_uring, or null where the kernel has none or does not allow it.
 std::unique_ptr<PieceReader> make_uring_reader(const std::vector<int64_t> & handles, int depth);
 std::unique_ptr<PieceReader> make_thread_reader(const std::vector<int64_t> & handles, int threads);
+
+// For tests: ends one read each time that somebody waits, and none otherwise. `order`: 0, the first that was
+// asked for; 1, the last; any other: one at random, the same in each run, and now and then one for who only
+// looks.
+std::unique_ptr<PieceReader> make_held_reader(std::unique_ptr<PieceReader> inner, uint64_t order);
+// How often in this process the memory of a held read was given to another, written to or freed before the
+// read had ended.
+int64_t reads_misused();
 
 } // namespace tt

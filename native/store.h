@@ -81,7 +81,7 @@ public:
     // Routing is written to this file from now on; null: no more. ReadError where it cannot be written.
     void trace(const char * path);
     void stats(tt_tier_stats & stats) const;
-    uint64_t scratch_bytes = 0; // the most that computing took beside our memory
+    uint64_t scratch_bytes = 0; // the most that rows gathered and computed apart have taken beside our memory
     // Of the routers of each group of experts, in order; empty where nothing is to be read ahead.
     std::vector<Router> routers;
     // Whether to read ahead for the next group now.

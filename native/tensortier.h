@@ -137,7 +137,7 @@ struct tt_tier_config {
 // What a tier has done since it was opened. Bytes are those of weights; drive_bytes are whole sectors.
 struct tt_tier_stats {
     uint64_t memory_bytes;   // allocated: slots, resident weights and the ring
-    uint64_t scratch_bytes;  // the most that computing took beside it
+    uint64_t scratch_bytes;  // the most that rows gathered and computed apart took beside it
     uint64_t expert_slots;   // for experts that stay
     uint64_t passing_slots;  // for those that do not
     uint64_t resident_bytes; // weights of kind 0 that stay
@@ -230,6 +230,15 @@ TT_API int64_t tt_tier_timeline_get(void * tier, struct tt_tier_event * events, 
 // For tests: after `after` more reads, the next `count` end with `result`: a negative errno, or fewer bytes
 // than were asked for.
 TT_API void tt_tier_inject(void * tier, int64_t result, int64_t after, int64_t count);
+
+// For tests: from now on a read ends only when somebody waits for one, one each time, and until then its
+// memory holds what is no number. `order`: 0, the first that was asked for ends first; 1, the last; any
+// other: at random, the same in each run, and now and then one ends without anybody waiting.
+TT_API void tt_tier_hold(void * tier, uint64_t order);
+
+// For tests: how often in this process the memory of a read so held was given to another read, written to or
+// freed before the read had ended.
+TT_API int64_t tt_reads_misused(void);
 
 // Everything ends once the buffers of its type are freed too.
 TT_API void tt_tier_close(void * tier);

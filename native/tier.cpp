@@ -178,6 +178,16 @@ void tt_tier_inject(void * tier, int64_t result, int64_t after, int64_t count) {
     store.reader().inject(result, after, count);
 }
 
+void tt_tier_hold(void * tier, uint64_t order) {
+    tt::Store & store = *handle(tier).store;
+    const std::lock_guard<std::mutex> lock(store.mutex);
+    store.reader().hold(order);
+}
+
+int64_t tt_reads_misused(void) {
+    return tt::reads_misused();
+}
+
 void tt_tier_close(void * tier) {
     delete &handle(tier);
 }

@@ -15,10 +15,10 @@ from tensortier import cost, placement, slots
 from tensortier.overrides import compact
 from tensortier.pageable import DEVICE, can_page
 from tensortier.rates import Rates, Speed
+from tensortier.scratch import scratch_bytes
 from tensortier.types import DeviceMemory, Estimate, ModelInfo, Placement, Plan, Role, Tensor, Tier, Workload
 
 CPU = "CPU"
-SCRATCH_SHARE = 0.02  # of the room, for alignment of slots and what computing takes beside them
 # Reading and computing overlap, but not wholly: what is left of the shorter one.
 OVERLAP_LOSS = 0.25
 DRIVE_SHARE = 0.95  # of the drive's measured speed that the reads of a running model reach
@@ -117,15 +117,16 @@ class _Paged:
         self.firm = cpu.total_bytes - self._moved
         self._least_experts = _least_expert_room(of.model, self.experts)
         least = self._least_experts + (_least_dense_room(tensors) if self._dense else 0)
-        self.least = int(least / (1 - SCRATCH_SHARE)) + 1
+        self._scratch = scratch_bytes(of.model, tensors, of.plan.settings)
+        self.least = least + self._scratch
 
     def plan(self, room: int) -> Plan:
         """With ``room`` bytes for weights from the drive and what computing with them takes."""
         of = self._of
-        scratch = int(room * SCRATCH_SHARE)
+        room -= self._scratch
         # experts are used in part, other weights whole: the byte of a dense weight is worth more
-        held = min(self._dense, room - scratch - self._least_experts) if self._dense else 0
-        tier = Tier(min(room - scratch - held, self._most_experts), held)
+        held = min(self._dense, room - self._least_experts) if self._dense else 0
+        tier = Tier(min(room - held, self._most_experts), held)
         tier = _with_policy(of.model, self._layers, tier, of.hits)
         memory = [
             dataclasses.replace(r, weights_bytes=max(0, r.weights_bytes - self._moved))
@@ -133,7 +134,7 @@ class _Paged:
             else r
             for r in of._rows
         ]
-        memory.append(DeviceMemory(DEVICE, tier.expert_bytes + tier.dense_bytes, 0, scratch))
+        memory.append(DeviceMemory(DEVICE, tier.expert_bytes + tier.dense_bytes, 0, self._scratch))
         settings = dataclasses.replace(of.plan.settings, load_mode="none")
         return dataclasses.replace(
             of.plan, placement=self._placement, settings=settings, memory=tuple(memory), tier=tier
