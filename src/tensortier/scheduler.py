@@ -329,7 +329,7 @@ class Scheduler:
             for i, (task, n) in enumerate(parts):
                 if isinstance(task, EmbeddingTask):
                     task.sum = vectors[i] if task.sum is None else task.sum + vectors[i]
-                    self._finish_embedding(task)
+                    self._finish_embedding(task, n)
                 elif isinstance(task, Generation):
                     self._advance(task, rows[i], n)
         elif outcome is Outcome.NO_CELLS:
@@ -444,9 +444,9 @@ class Scheduler:
         task.deliver(Piece("", reason, None, rest))
         self._end(task, None)
 
-    def _finish_embedding(self, task: EmbeddingTask) -> None:
+    def _finish_embedding(self, task: EmbeddingTask, computed: int) -> None:
         with self._lock:
-            self._prompt_total += task.n_prompt
+            self._prompt_total += computed
         if task.held is not None and len(task.held.tokens) == len(task.tokens):
             held = self._leave(task)
             if held is not None:

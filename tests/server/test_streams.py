@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.server.conftest import PARALLEL
-from tests.server.process import ServerProcess
+from tests.server.conftest import PARALLEL, REQUEST_SECONDS
+from tests.server.process import PATIENCE, ServerProcess, until
 
 STREAMS = 64
+NEVER_ENDS = {"0": -100, "2": -100}  # the tokens that end a text
 
 
 def connect(server: ServerProcess) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    return http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
 
 
 def ask(
@@ -28,6 +29,11 @@ def ask(
     connection = connect(server)
     connection.request("POST", path, json.dumps({"model": "smollm2", "temperature": 0, **body}))
     return connection
+
+
+def activity(server: ServerProcess) -> dict[str, int]:
+    """Of smollm2's engine."""
+    return next(m["activity"] for m in server.stats()["models"] if m["name"] == "smollm2")
 
 
 def read_stream(connection: http.client.HTTPConnection) -> tuple[str, list[Any]]:
@@ -42,7 +48,8 @@ def read_stream(connection: http.client.HTTPConnection) -> tuple[str, list[Any]]
 
 def test_sixty_four_streams_at_once(server: ServerProcess) -> None:
     """Each is told to repeat a word of its own, by a bias that leaves no choice, and has to get that word only."""
-    before = server.stats()["models"][0]["activity"]["completion_tokens_total"]
+    server.quiet()
+    before = activity(server)["completion_tokens_total"]
     tokens = [str(1000 + 13 * number) for number in range(STREAMS)]
     words = {}
     for token in tokens:
@@ -68,49 +75,48 @@ def test_sixty_four_streams_at_once(server: ServerProcess) -> None:
 
     with ThreadPoolExecutor(STREAMS) as threads:
         list(threads.map(one, range(STREAMS)))
-    found = server.quiet()
     total = sum(4 + number % 13 for number in range(STREAMS)) + STREAMS
-    assert found["models"][0]["activity"]["completion_tokens_total"] == before + total
-    assert found["refused"] == 0 or found["answers"] == 0
+    server.quiet()
+    assert activity(server)["completion_tokens_total"] == before + total
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_frees_the_engine_at_once(server: ServerProcess, stream: bool) -> None:
     server.quiet()
-    connections = [
-        ask(server, {"prompt": f"{n}: once upon a time", "max_tokens": 4000, "stream": stream})
-        for n in range(PARALLEL + 10)
-    ]
-    deadline = time.monotonic() + 10
-    while server.stats()["models"][0]["activity"]["active"] < PARALLEL:
-        assert time.monotonic() < deadline
-    assert server.stats()["answers"] == PARALLEL + 10
+    asked = {"max_tokens": 4000, "stream": stream, "logit_bias": NEVER_ENDS}
+    connections = [ask(server, {"prompt": f"{n}: once upon a time", **asked}) for n in range(PARALLEL + 10)]
+    until(lambda: activity(server)["active"] == PARALLEL and server.stats()["answers"] == PARALLEL + 10)
+    generated = activity(server)["completion_tokens_total"]
     for connection in connections:
         connection.close()
-    started = time.monotonic()
     server.quiet()
-    assert time.monotonic() - started < 1.5
+    # a few batches, in place of the thousand that there is room for, and then those of the others
+    assert activity(server)["completion_tokens_total"] - generated < 100 * PARALLEL
 
 
-def test_who_leaves_in_the_middle_of_a_long_prompt(server: ServerProcess) -> None:
+@pytest.mark.parametrize("kind", ["completion", "chat", "embeddings"])
+def test_who_leaves_in_the_middle_of_a_long_prompt(server: ServerProcess, kind: str) -> None:
+    numbers = " ".join(str(number) for number in range(1500))  # more than 6000 tokens
+    path, body = {
+        "completion": ("/v1/completions", {"prompt": numbers, "max_tokens": 1}),
+        "chat": (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": numbers}], "stream": True},
+        ),
+        "embeddings": (
+            "/v1/embeddings",
+            {"input": [numbers[n:] for n in range(0, 100, 10)], "temperature": None},
+        ),
+    }[kind]
     server.quiet()
-    computed = server.stats()["models"][0]["activity"]["prompt_tokens_total"]
-    prompt = " ".join(str(number) for number in range(1500))
-    for path, body in (
-        ("/v1/completions", {"prompt": prompt, "max_tokens": 1}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": prompt}], "stream": True}),
-        ("/v1/embeddings", {"input": [prompt[n:] for n in range(0, 100, 10)], "temperature": None}),
-    ):
-        connection = ask(server, body, path)
-        deadline = time.monotonic() + 10
-        while not server.stats()["models"][0]["activity"]["active"]:
-            assert time.monotonic() < deadline
-        time.sleep(0.1)
-        connection.close()
-        started = time.monotonic()
-        found = server.quiet()
-        assert time.monotonic() - started < 1.5, path
-    assert found["models"][0]["activity"]["prompt_tokens_total"] - computed < 10_000
+    before = activity(server)["prompt_tokens_total"]
+    connection = ask(server, body, path)
+    until(lambda: activity(server)["prompt_tokens_total"] > before)  # its first piece
+    connection.close()
+    server.quiet()
+    assert activity(server)["prompt_tokens_total"] - before < (30_000 if kind == "embeddings" else 6000), (
+        "all of it"
+    )
 
 
 def test_a_storm_of_clients_that_leave(server: ServerProcess) -> None:
@@ -128,7 +134,7 @@ def test_a_storm_of_clients_that_leave(server: ServerProcess) -> None:
             answer.read(10)
             answer.close()
         elif number % 4 == 1:
-            time.sleep(0.002 * (number % 50))
+            time.sleep(0.002 * (number % 50))  # at any moment
         if number % 5 == 0 and connection.sock is not None:  # not even a proper end
             linger = b"\1\0\0\0\0\0\0\0"
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -139,8 +145,8 @@ def test_a_storm_of_clients_that_leave(server: ServerProcess) -> None:
         for status in threads.map(leave, range(300)):
             assert status in (0, 200, 503)
             refused += status == 503
-    server.quiet(20)
-    deadline = time.monotonic() + 10
+    server.quiet()
+    deadline = time.monotonic() + PATIENCE
     while server.files() > before[0] or server.threads() > before[1]:
         assert time.monotonic() < deadline, (before, server.files(), server.stats()["threads"])
         time.sleep(0.05)
@@ -149,10 +155,17 @@ def test_a_storm_of_clients_that_leave(server: ServerProcess) -> None:
 
 
 def test_slow_readers_do_not_hold_up_others(server: ServerProcess) -> None:
-    slow = [ask(server, {"prompt": "x", "max_tokens": 300, "stream": True, "logprobs": 20}) for _ in range(2)]
-    started = time.monotonic()
-    text, _ = read_stream(ask(server, {"prompt": "1, 2, 3, 4, 5,", "max_tokens": 6, "stream": True}))
-    assert text == " 6, 7," and time.monotonic() - started < 10
-    for connection in slow:
-        connection.close()
-    server.quiet()
+    """Those who read nothing are let go after REQUEST_SECONDS; others do not wait for that."""
+    seconds = []
+    while min(seconds, default=REQUEST_SECONDS) >= REQUEST_SECONDS:
+        assert len(seconds) < 5, seconds  # once, the machine may be the slow one
+        asked = {"prompt": "x", "max_tokens": 300, "stream": True, "logprobs": 20, "logit_bias": NEVER_ENDS}
+        slow = [ask(server, asked) for _ in range(2)]
+        until(lambda: activity(server)["active"] == 2)
+        started = time.monotonic()
+        text, _ = read_stream(ask(server, {"prompt": "1, 2, 3, 4, 5,", "max_tokens": 6, "stream": True}))
+        seconds.append(time.monotonic() - started)
+        assert text == " 6, 7,"
+        for connection in slow:
+            connection.close()
+        server.quiet()
