@@ -451,8 +451,7 @@ def test_a_context_that_llama_cpp_rounds_up(smollm2_path: Path) -> None:
 
 
 def test_closing_while_it_computes(smollm2_path: Path) -> None:
-    """From another thread, in the middle of a prompt that takes many seconds: it waits for the thread that computes, and
-    nothing crashes."""
+    """From another thread, in the middle of a prompt that takes many seconds: it waits, and nothing crashes."""
     settings = Settings(n_ctx=8192, n_batch=4096, n_ubatch=4096, threads=2)
     engine = Engine(Plan(model=str(smollm2_path), settings=settings))
     closing = threading.Thread(target=engine.close)
