@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,8 @@ class Probe:
             stderr=self._messages,
             text=True,
             encoding="utf-8",
+            # a debugger that llama.cpp would start may take longer than anybody waits for the process to end
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             # a Ctrl-C at the terminal is for the program that asked, which then closes this one
             start_new_session=True,
         )
@@ -70,7 +73,6 @@ class Probe:
         self._process.wait(timeout=30)
         self._messages.seek(0)
         lines = [line.strip() for line in self._messages.read().decode(errors="replace").splitlines()]
-        # An assertion prints where it failed, then a backtrace of addresses and debugger chatter.
         told = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()] or lines
         return told[0] if told else f"its process ended with code {self._process.returncode}"
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import warnings
@@ -30,7 +29,7 @@ def tensortier(*arguments: str, **options: Any) -> subprocess.CompletedProcess[s
         [*COMMAND, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         stdin=subprocess.DEVNULL,
         **options,
     )
@@ -294,7 +293,7 @@ def test_a_ctrl_c_inside_exec_ends_with_130() -> None:
         sys.modules["tensortier.cli.app"] = types.SimpleNamespace(execute=execute)
         sys.exit(cli.main([]))
     """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 130
     assert result.stderr == "tensortier: error: interrupted\n"
 
@@ -308,12 +307,12 @@ def test_a_process_that_is_ended_leaves_no_files(name: str, code: int, tmp_path:
         def execute(arguments):
             with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
                 os.kill(os.getpid(), signal.{name})
-                time.sleep(30)
+                time.sleep(600)
 
         sys.modules["tensortier.cli.app"] = types.SimpleNamespace(execute=execute)
         sys.exit(cli.main([]))
     """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=25)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (code, "")
     assert list(tmp_path.iterdir()) == []
 
@@ -330,7 +329,7 @@ def test_a_process_that_is_ended_leaves_no_files(name: str, code: int, tmp_path:
 )
 def test_closed_and_full_streams(arguments: str, closed: str, code: int, out: str, err: str) -> None:
     line = f"'{sys.executable}' -m tensortier.cli {arguments} {closed}"
-    result = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (code, out)
     assert result.stderr.count("\n") == (1 if err else 0)
     assert err in result.stderr
@@ -373,7 +372,7 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     os.close(read)
     for arguments in (["--help"], ["--version"]):
         with subprocess.Popen([*COMMAND, *arguments], stdout=write, stderr=subprocess.PIPE) as process:
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=120)
         assert err == b""
         assert process.returncode not in (0, 2)
     os.close(write)
@@ -403,7 +402,7 @@ def test_backend_list_of_an_empty_cache(
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     arguments = [sys.executable, "-X", "importtime", "-m", "tensortier.cli", "--help"]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "|" in line}
     assert "typer" in imported
@@ -412,13 +411,25 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert not imported & {
         f"tensortier.{name}" for name in ("engine", "hardware", "gguf", "planner", "library")
     }
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        tensortier("--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.4  # of processor time: other work on the machine does not count
+    # in units of what importing the parser takes, so that neither a slow machine nor other work on it counts: 3 to 4
+    # are usual
+    least: dict[str, float] = {}
+    for _ in range(5):
+        for what in ("-c import typer", "-m tensortier.cli --help"):
+            least[what] = min(processor_seconds(what), least.get(what, 60.0))
+    needed, parser = least["-m tensortier.cli --help"], least["-c import typer"]
+    assert needed < 8 * parser, f"{needed:.3f} s, {parser:.3f} s for the parser"
+
+
+def processor_seconds(arguments: str) -> float:
+    """Of Python with these arguments, whose output nobody reads."""
+    option, rest = arguments.split(" ", 1)
+    command = [sys.executable, option, *([rest] if option == "-c" else rest.split())]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_utime + usage.ru_stime
 
 
 def test_version_and_no_arguments() -> None:

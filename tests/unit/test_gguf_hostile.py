@@ -161,10 +161,10 @@ def test_strings_in_a_sparse_file_cost_bounded_time(tmp_path: Path) -> None:
     path = tmp_path / "sparse.gguf"
     path.write_bytes(blob([("a", struct.pack("<IIQ", ARR, STR, 1 << 30))]))
     os.truncate(path, 9 << 30)
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(ModelFileError, match="more than any model"):
         gguf.read(path)
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
 
 
 def test_text_in_a_sparse_file_costs_bounded_memory(tmp_path: Path) -> None:
@@ -281,23 +281,23 @@ def mutant():
 whole = whole[: end + 64] + bytes(4096)  # keep only so much of the weights that most tensors miss theirs
 full = small_model()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.monotonic()
+start = time.process_time()
 read = refused = 0
 slowest = 0.0
 for i in range(100_000):
     data = mutant()
     if i % 4 == 0:
         data = data[:-4160] + full[end:]  # a quarter with all of the weights: these get past the tensor table
-    one = time.monotonic()
+    one = time.process_time()
     try:
         _read_bytes(data)
         read += 1
     except ModelFileError as exc:
         refused += 1
         assert "\\n" not in str(exc), exc
-    slowest = max(slowest, time.monotonic() - one)
+    slowest = max(slowest, time.process_time() - one)
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(read, refused, grown * 1024, time.monotonic() - start, slowest)
+print(read, refused, grown * 1024, time.process_time() - start, slowest)
 """
 
 
