@@ -7,12 +7,14 @@ for each number of the header: ``0, number, 0``. So whoever knows only records r
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from tensortier import planid
 from tensortier.errors import UsageError
@@ -65,7 +67,7 @@ def publish(
     records: Path, target: Path, model: ModelInfo, layers: tuple[int, ...], experts: int, used: int
 ) -> Trace:
     """Makes the file ``target`` of the records that the native store wrote to ``records``, whole or not at all;
-    ``target`` is replaced. Both lie on one file system. Returns what was written.
+    ``target`` is replaced. Returns what was written.
 
     Raises:
         UsageError: ``records`` holds no routing of such a model.
@@ -79,15 +81,49 @@ def publish(
         raise UsageError("no token was routed: the model computed nothing with experts on the drive")
     trace = Trace(layers, experts, used, tokens, fingerprint(model), numbers)
     head = [_MAGIC, _VERSION, len(layers), experts, used, tokens, numbers.size, *trace.model, *layers]
-    whole = records.with_name(f"{records.name}.whole")
-    with whole.open("wb") as file:
+    with _becoming(target) as file:
         file.write(np.array([(0, number, 0) for number in head], dtype="<i4").tobytes())
         with records.open("rb") as source:
             shutil.copyfileobj(source, file)
-        file.flush()
-        os.fsync(file.fileno())
-    whole.replace(target)
     return trace
+
+
+@contextlib.contextmanager
+def _becoming(target: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``target`` at the end, unless that is an exception. Where the system can do so it
+    has no name until then, so that nothing stays of a process that is killed."""
+    part = target.with_name(f".tensortier-trace-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with _unnamed(target.parent) or part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if not part.exists():
+                _name(file, part)
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _unnamed(folder: Path) -> BinaryIO | None:
+    """A file in ``folder`` that has no name yet; None where the system or the drive has no such files."""
+    flag = getattr(os, "O_TMPFILE", 0)
+    if not flag or not Path("/proc/self/fd").exists():
+        return None
+    try:
+        return os.fdopen(os.open(folder, flag | os.O_RDWR, 0o666), "w+b")
+    except OSError:
+        return None
+
+
+def _name(file: BinaryIO, path: Path) -> None:
+    """Gives a name to a file that has none."""
+    folder = os.open(path.parent, os.O_RDONLY)  # with a folder the link of /proc is followed
+    try:
+        os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
 
 
 def read(path: str | Path) -> Trace:

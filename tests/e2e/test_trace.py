@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -225,7 +226,18 @@ def take_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_an_interrupted_run_leaves_nothing(moe_path: Path, tmp_path: Path) -> None:
+def recorded_so_far(process: int, folder: Path) -> int:
+    """Bytes of the files in ``folder`` that a process has open, with a name or without."""
+    found = 0
+    for file in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if str(file.readlink()).startswith(f"{folder}/"):
+                found = max(found, file.stat().st_size)
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_nothing(how: signal.Signals, moe_path: Path, tmp_path: Path) -> None:
     arguments = [*PROGRAM, "trace", str(moe_path), "-p", TEXT, "-n", "3000", "--raw", "-t", "1"]
     arguments += ["-o", str(tmp_path / "x.trace")]
     with subprocess.Popen(
@@ -237,12 +249,16 @@ def test_an_interrupted_run_leaves_nothing(moe_path: Path, tmp_path: Path) -> No
     ) as process:
         assert process.stderr is not None and process.stdout is not None
         assert process.stderr.readline() == b"recording ...\n"
-        time.sleep(0.5)
-        assert len(list(tmp_path.iterdir())) == 1  # the folder with what is being written
-        os.kill(process.pid, signal.SIGINT)
+        end = time.monotonic() + 60
+        while not recorded_so_far(process.pid, tmp_path):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert list(tmp_path.iterdir()) == []  # what is being written has no name
+        os.kill(process.pid, how)
         out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert (out, err) == (b"", b"tensortier: interrupted\n")
+    told = b"tensortier: interrupted\n" if how is signal.SIGINT else b""
+    assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
+    assert (out, err) == (b"", told)
     assert list(tmp_path.iterdir()) == []
 
 

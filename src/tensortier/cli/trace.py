@@ -135,13 +135,13 @@ def trace(
             with loading_turn(quiet=quiet):
                 plan = _plan(info, settings, ram)
                 engine = stack.enter_context(_loaded(plan, worker, quiet=quiet))
-            folder = stack.enter_context(_folder_beside(output))
+            records = stack.enter_context(_records_beside(output))
             if not quiet:
                 note("recording ...")
             prompt_tokens, answer_tokens = _record(
-                engine, worker, _request(engine, question, sampling, raw=raw), folder / "records"
+                engine, worker, _request(engine, question, sampling, raw=raw), records
             )
-            found = _published(engine, info, folder / "records", output, force=force)
+            found = _published(engine, info, records, output, force=force)
     finally:
         worker.close()
     recorded = _Recorded(
@@ -240,10 +240,21 @@ def _loaded(plan: Plan, worker: EngineThread, *, quiet: bool) -> Iterator[Engine
 
 
 @contextmanager
-def _folder_beside(output: Path) -> Iterator[Path]:
-    """On the file system of ``output``, so that a finished file can be renamed to it; gone at the end."""
+def _records_beside(output: Path) -> Iterator[Path]:
+    """Where the routing is recorded: on the drive of ``output``, as RAM is full on purpose, and in a file without a
+    name, of which nothing stays however this process ends. On systems without such files it is in a hidden folder,
+    which stays where the process is killed."""
+    with tempfile.TemporaryFile(dir=output.parent) as file:
+        path = Path(f"/dev/fd/{file.fileno()}")
+        if path.exists():
+            try:
+                yield path
+            except UsageError as exc:  # such as a drive that is full
+                told = str(exc).replace(str(path), f"what is recorded beside {output}")
+                raise UsageError(told) from exc
+            return
     with tempfile.TemporaryDirectory(prefix=".tensortier-trace-", dir=output.parent) as folder:
-        yield Path(folder)
+        yield Path(folder) / "records"
 
 
 def _request(engine: Engine, question: str, sampling: Sampling, *, raw: bool) -> Callable[[], Request]:
