@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,13 +136,14 @@ def test_given_up(order: int, what: str, path: Path, short: runs.Floats) -> None
         )
         with held(plan, order, abort_callback=stop.callback) as (model, ctx, paged):
             given_up = 0
-            for limit in range(1, 40, 2):
-                llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
-                stop.at(limit)
-                given_up += runs.decode(ctx, [300 + limit]) == 2
+            for limit in range(13, 49, 3):
+                for other in range(4):  # one after the other, so that each meets the reads of those before
+                    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
+                    stop.at(limit + other)
+                    given_up += runs.decode(ctx, [300 + 5 * limit + other]) == 2
                 stop.at(0)
                 assert np.array_equal(runs.generate(model, ctx, SHORT, 1), short), (budget, limit)
-            assert given_up > 4
+            assert given_up > 20
             assert paged.take_error() == ""
 
 
@@ -164,6 +166,54 @@ def test_failed(order: int, what: str, path: Path, short: runs.Floats) -> None:
                 paged.take_error()
                 assert np.array_equal(runs.generate(model, ctx, SHORT, 1), short), (budget, after)
             assert failed > 1
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_was_under_way_when_a_read_failed_is_kept(order: int, path: Path) -> None:
+    """Of two experts of a token, the one that could be read."""
+    with held(runs.tier_plan(path, expert_bytes=budgets(path)[2]), order) as (_, ctx, paged):
+        paged.inject_fault(-errno.EIO)
+        assert runs.decode(ctx, [300]) < 0
+        assert "Input/output error" in paged.take_error()
+        assert len(paged.residents()) == 1
+
+
+def test_one_context_at_a_time(path: Path, expected: runs.Floats, short: runs.Floats) -> None:
+    """Another thread that computes with the same weights waits, also while this one waits for the drive."""
+    asked = when = 0
+    threads: list[threading.Thread] = []
+    found: list[runs.Floats] = []
+
+    @llama_cpp.ggml_abort_callback
+    def meanwhile(_: object) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == when:
+            threads.append(
+                threading.Thread(target=lambda: found.append(runs.generate(model, second, SHORT, 1)))
+            )
+            threads[-1].start()
+            threads[-1].join(0.3)  # time for it to go wrong; nothing is expected to happen in it
+        return False
+
+    plan = runs.tier_plan(path, BOTH, expert_bytes=budgets(path)[0], dense_bytes=200 << 10)
+    with (
+        nothing_misused(),
+        runs.tiered_model(plan) as (model, paged),
+        llamacpp.context(model, **runs.CONTEXT, abort_callback=meanwhile) as first,
+        llamacpp.context(model, **runs.CONTEXT) as second,
+    ):
+        hold(paged, LAST)
+        assert np.array_equal(runs.generate(model, first, steps=STEPS), expected)
+        total = asked
+        for when in range(total // 9, total, total // 9):
+            asked = 0
+            assert np.array_equal(runs.generate(model, first, steps=STEPS), expected), when
+        for thread in threads:
+            thread.join()
+    assert len(found) == len(threads) >= 8
+    for logits in found:
+        assert np.array_equal(logits, short)
 
 
 @pytest.mark.parametrize("order", ORDERS)
