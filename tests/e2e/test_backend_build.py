@@ -38,16 +38,20 @@ def test_module_loads_into_the_unmodified_bindings(rpc_module: Path) -> None:
         assert bases == [str((backends.library_dir() / "libggml-base.so.0").resolve())]
 
 
+def command_line(process: Path) -> bytes:
+    """Empty when it has ended meanwhile."""
+    try:
+        return (process / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def test_server_computes_with_the_kernels_of_the_bindings(rpc_device: str) -> None:
     """The server runs, and the CPU library it has mapped is the one the bindings load."""
     if sys.platform != "linux":
         pytest.skip("looks into /proc")
     port = rpc_device.rpartition(":")[2]
-    server = next(
-        p
-        for p in Path("/proc").glob("[0-9]*")
-        if f"--port\0{port}\0".encode() in (p / "cmdline").read_bytes()
-    )
+    server = next(p for p in Path("/proc").glob("[0-9]*") if f"--port\0{port}\0".encode() in command_line(p))
     mapped = {
         line.split()[-1] for line in (server / "maps").read_text().splitlines() if "libggml-cpu" in line
     }
