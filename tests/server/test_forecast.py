@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -12,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from tensortier import hardware
+from tensortier import hardware, web
 from tests import calibrations
 from tests.hub_server import Hub
-from tests.server.process import ServerProcess
+from tests.server.process import PATIENCE, ServerProcess, until
 
 REPO, FILE = "someone/Moe-GGUF", "Moe-Q4_1.gguf"
 
@@ -57,7 +58,7 @@ def post(server: ServerProcess, path: str, body: object) -> tuple[int, Any]:
         server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as exc:
         return exc.code, json.load(exc)
@@ -144,21 +145,24 @@ def test_a_search_says_what_room_there_is(server: ServerProcess) -> None:
 
 
 def test_a_server_that_ends_does_not_wait_for_the_hub(start: Callable[..., ServerProcess], hub: Hub) -> None:
-    import threading
-
-    with start() as server:
-        server.ready()
-        hub.faults(stall_at=1000)
-        try:
-            asking = threading.Thread(target=lambda: _ignored(server))
-            asking.start()
-            time.sleep(0.7)
-            begun = time.monotonic()
-            assert server.stop() == 0
-            assert time.monotonic() - begun < 12
-            asking.join()
-        finally:
-            hub.faults()
+    """It ends before it would give up waiting; where the machine is slow, in one of several attempts."""
+    seconds: list[float] = []
+    while min(seconds, default=web.TIMEOUT) >= web.TIMEOUT:
+        assert len(seconds) < 3, seconds
+        with start() as server:
+            server.ready()
+            hub.clear_log()
+            hub.faults(stall_at=1000)
+            try:
+                asking = threading.Thread(target=_ignored, args=(server,))
+                asking.start()
+                until(hub.sent)
+                begun = time.monotonic()
+                assert server.stop() == 0
+                seconds.append(time.monotonic() - begun)
+                asking.join()
+            finally:
+                hub.faults()
 
 
 def _ignored(server: ServerProcess) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from tensortier.server.listen import _IDLE_SECONDS as IDLE_SECONDS
 from tests.server.conftest import REQUEST_SECONDS
-from tests.server.process import ServerProcess
+from tests.server.process import PATIENCE, ServerProcess
 
 CHAT: dict[str, Any] = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 
@@ -22,7 +25,7 @@ def nothing_is_left(server: ServerProcess) -> Iterator[None]:
     before = server.files(), server.threads()
     yield
     server.quiet()
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE
     while (files := server.files()) > before[0] or server.threads() > before[1]:
         assert time.monotonic() < end, (before, files, server.threads(), server.stats()["threads"])
         time.sleep(0.05)
@@ -32,7 +35,7 @@ def post(
     server: ServerProcess, body: bytes | dict[str, Any], path: str = "/v1/chat/completions", **headers: str
 ) -> tuple[int, Any]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     try:
         connection.request("POST", path, data, {k.replace("_", "-"): v for k, v in headers.items()})
         answer = connection.getresponse()
@@ -141,20 +144,20 @@ def test_the_first_wrong_member_is_enough(
 ) -> None:
     """Of a million. Listing them all took a gigabyte and a quarter of a minute, in which nobody else was served."""
     body = '{"model": "smollm2", ' + start + member * (7_000_000 // len(member)) + end + "}"
-    started = time.monotonic()
+    started = server.cpu_seconds()
     assert refused(post(server, body.encode(), path), 400)["param"] == param
-    assert time.monotonic() - started < 3
+    assert server.cpu_seconds() - started < 5
 
 
 def test_a_text_without_end(server: ServerProcess) -> None:
     """Only as much of it is read as would fit; of so many control tokens, reading all would take minutes."""
-    started = time.monotonic()
+    started = server.cpu_seconds()
     messages = [{"role": "user", "content": "x"}] * 50_000
     error = refused(post(server, CHAT | {"messages": messages}), 400)
     assert error["code"] == "context_length_exceeded"
     error = refused(post(server, {"prompt": "<|im_end|>" * 800_000}, "/v1/completions"), 400)
     assert error["code"] == "context_length_exceeded"
-    assert time.monotonic() - started < 20
+    assert server.cpu_seconds() - started < 30
 
 
 def test_wrong_values_that_only_the_engine_sees(server: ServerProcess) -> None:
@@ -267,7 +270,7 @@ def test_unknown_addresses_and_methods(server: ServerProcess) -> None:
         ("/health", "GET, HEAD"),
         ("/api/downloads/x", "DELETE"),
     ):
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
         connection.request("PUT", path, b"x")
         answer = connection.getresponse()
         assert (answer.status, answer.headers["Allow"]) == (405, methods)
@@ -282,13 +285,13 @@ def test_ten_megabytes(server: ServerProcess) -> None:
     body = json.dumps(CHAT | {"messages": [{"role": "user", "content": "x" * 10_000_000}]}).encode()
     assert refused(post(server, body), 413)["code"] == "request_too_large"
     # in pieces of unknown total length
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     pieces = (body[i : i + 100_000] for i in range(0, len(body), 100_000))
     connection.request("POST", "/v1/chat/completions", pieces, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
     # who asks before he sends is told before he does
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as raw:
         raw.sendall(head("POST", f"Content-Length: {len(body)}", "Expect: 100-Continue"))
         assert raw.recv(1000).startswith(b"HTTP/1.1 413 ")
     refused(post(server, b"x", Content_Encoding="gzip"), 415)
@@ -298,29 +301,35 @@ def head(method: str, *lines: str, path: str = "/v1/chat/completions") -> bytes:
     return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
 
 
-@pytest.mark.parametrize(
-    ("sent", "answer"),
-    [
-        (b"", b""),
-        (b"POST /v1/chat/comp", b""),
-        (head("POST", "Content-Length: 100")[:-2], b""),
-        (head("POST", "Content-Length: 100") + b'{"model"', b"HTTP/1.1 408 "),
-        (head("POST", "Transfer-Encoding: chunked") + b"5\r\n{", b"HTTP/1.1 408 "),
-        (head("GET", path="/health") + b"GET /he", b"HTTP/1.1 200 "),
-    ],
-)
-def test_half_sent_requests_time_out(server: ServerProcess, sent: bytes, answer: bytes) -> None:
-    started = time.monotonic()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
-        raw.sendall(sent)
-        received = b""
-        try:
-            while piece := raw.recv(10_000):
-                received += piece
-        except ConnectionResetError:
-            pass
-    assert received.startswith(answer) and bool(received) == bool(answer)
-    assert REQUEST_SECONDS - 0.5 < time.monotonic() - started < REQUEST_SECONDS + 6
+HALF_SENT = [
+    (b"", b""),
+    (b"POST /v1/chat/comp", b""),
+    (head("POST", "Content-Length: 100")[:-2], b""),
+    (head("POST", "Content-Length: 100") + b'{"model"', b"HTTP/1.1 408 "),
+    (head("POST", "Transfer-Encoding: chunked") + b"5\r\n{", b"HTTP/1.1 408 "),
+    (head("GET", path="/health") + b"GET /he", b"HTTP/1.1 200 "),
+]
+
+
+def test_half_sent_requests_time_out(server: ServerProcess) -> None:
+    def received(sent: bytes) -> tuple[bytes, float]:
+        """And after how many seconds the server closed the connection."""
+        started, found = time.monotonic(), b""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as raw:
+            raw.sendall(sent)
+            with contextlib.suppress(ConnectionResetError):
+                while piece := raw.recv(10_000):
+                    found += piece
+        return found, time.monotonic() - started
+
+    with ThreadPoolExecutor(len(HALF_SENT)) as threads:
+        ended = list(threads.map(received, [sent for sent, _ in HALF_SENT]))
+    for (sent, answer), (found, seconds) in zip(HALF_SENT, ended, strict=True):
+        assert found.startswith(answer) and bool(found) == bool(answer), sent
+        assert seconds >= REQUEST_SECONDS, sent
+    # none by the time that a connection may be idle; where the machine is busy, all are later
+    first, *_, last = sorted(seconds for _, seconds in ended)
+    assert last - first < IDLE_SECONDS - REQUEST_SECONDS
 
 
 def test_half_sent_requests_whose_sender_leaves(server: ServerProcess) -> None:
@@ -335,7 +344,7 @@ def test_half_sent_requests_whose_sender_leaves(server: ServerProcess) -> None:
     [b"\0\0\0\0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"A" * 200_000],
 )
 def test_what_is_not_http(server: ServerProcess, sent: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as raw:
         try:
             raw.sendall(sent)
             assert raw.recv(1000).startswith(b"HTTP/1.1 400 ")
@@ -380,12 +389,13 @@ def test_foreign_hosts_and_origins(server: ServerProcess, headers: dict[str, str
 
 def test_too_many_answers_at_once(server: ServerProcess) -> None:
     refused(post(server, CHAT | {"n": 100}), 400)
-    long = CHAT | {"n": 70, "max_tokens": 2000, "stream": True}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    never_ends = {"0": -100, "2": -100}
+    long = CHAT | {"n": 70, "max_tokens": 2000, "stream": True, "logit_bias": never_ends}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     connection.request("POST", "/v1/chat/completions", json.dumps(long))
     answer = connection.getresponse()
     assert answer.status == 200
-    second = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    second = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     second.request("POST", "/v1/chat/completions", json.dumps(CHAT | {"n": 3}))
     busy = second.getresponse()
     assert refused((busy.status, json.loads(busy.read())), 503)["code"] == "overloaded"

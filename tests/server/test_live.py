@@ -20,6 +20,7 @@ from tensortier.server import plans
 from tensortier.server.api import _Measurement
 from tensortier.server.live import Live
 from tensortier.types import Activity, DeviceMemory, Plan, Settings
+from tests.server.process import PATIENCE
 
 
 class Clock:
@@ -82,7 +83,7 @@ def test_measuring_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         progress(0.42)
         say("the drive is slow")
         begun.set()
-        go_on.wait(10)
+        go_on.wait(PATIENCE)
 
     monkeypatch.setattr(measuring, "measured", measured)
 
@@ -91,7 +92,7 @@ def test_measuring_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         assert running.state() == {"fraction": None, "warnings": []}
         running.start()
         running.start()  # is one
-        await asyncio.to_thread(begun.wait, 10)
+        await asyncio.to_thread(begun.wait, PATIENCE)
         assert running.state() == {"fraction": 0.42, "warnings": ["the drive is slow"]}
         go_on.set()
         while running.state()["fraction"] is not None:

@@ -204,6 +204,8 @@ def test_the_end_is_orderly(tmp_path: Path, models_folder: Path) -> None:
         asked: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 500, "logprobs": 20}
         unread = begin(running, **asked, stream=True).getresponse()
         assert unread.status == 200 and unread.read(100)
+        until(lambda: not sum(m["activity"]["active"] for m in running.stats()["models"]))  # all is computed
+        assert running.stats()["answers"] == 1
         asked = {"prompt": "1, 2, 3,", "max_tokens": 24, "temperature": 0}
         whole = begin(running, **asked)
         until(lambda: running.stats()["answers"] == 2 or select.select([whole.sock], [], [], 0)[0])
