@@ -97,9 +97,10 @@ def environment(folder: Path, *machines: Hardware) -> dict[str, str]:
     were built."""
     cache = folder / "tensortier"
     cache.mkdir(parents=True, exist_ok=True)
-    backends = cache / "backends"
-    if not backends.exists():
-        backends.symlink_to(paths.cache_dir() / "backends", target_is_directory=True)
+    backends, built = cache / "backends", paths.cache_dir() / "backends"
+    built.mkdir(parents=True, exist_ok=True)  # else the link leads nowhere until something is built
+    if not backends.is_symlink():
+        backends.symlink_to(built, target_is_directory=True)
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(folder)
     try:

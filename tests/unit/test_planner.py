@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -360,6 +361,12 @@ def test_graphics_that_share_main_memory_share_the_budget(model: Callable[[str],
     assert paged == max(0, sum(r.total_bytes for r in mapped.memory) - hardware.ram_available) > 0
 
 
+def processor_seconds() -> float:
+    """Of this process and of those it has started that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 @pytest.mark.parametrize("mib", [0, 60, 200, 2000])
 def test_a_real_model_on_a_real_device(mib: int, smollm2_path: Path, rpc_device: str) -> None:
     """llama.cpp's own bytes, on the RPC device with its free memory set by hand."""
@@ -372,7 +379,7 @@ def test_a_real_model_on_a_real_device(mib: int, smollm2_path: Path, rpc_device:
     }
     remote = Device("RPC0", "gpu", "", size, size, "RPC", details=details)
     hardware = dataclasses.replace(base, devices=(remote, base.devices[0]))
-    started = time.perf_counter()
+    begun = processor_seconds()
     model = gguf.read(smollm2_path)
     plan = planner.plan(
         model,
@@ -382,7 +389,7 @@ def test_a_real_model_on_a_real_device(mib: int, smollm2_path: Path, rpc_device:
         workload=Workload("", 100, 100, 100),
         rpc=(rpc_device,),
     )
-    assert time.perf_counter() - started < 10.0  # under a second on an idle machine
+    assert processor_seconds() - begun < 5  # under a second is usual
     used = {r.device: r.total_bytes for r in plan.memory}.get("RPC0", 0)
     assert used <= 0.9 * size
     assert of_the_model(plan) == memory.predict(plan)
