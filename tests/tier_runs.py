@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -116,6 +118,19 @@ def generate(model: Any, ctx: Any, prompt: Sequence[int] = PROMPT, steps: int = 
     result = np.concatenate(rows)
     assert np.isfinite(result).all() and result.std() > 0
     return result
+
+
+def reads_directly(path: Path) -> bool:
+    """Whether the file can be read past the page cache, asked of the system itself."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            with mmap.mmap(-1, 4096) as memory:  # begins at a page
+                return os.preadv(descriptor, [memory], 0) > 0
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
 
 
 def resident_bytes() -> int:

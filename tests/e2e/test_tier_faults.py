@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import gc
 import os
-import resource
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tensortier.errors import Cancelled, GenerationError, LoadError, PlanError, 
 from tensortier.tier import PagedWeights
 from tensortier.types import Override, Placement, Plan, Sampling, Tier
 from tests import tier_runs as runs
+from tests.engine_moments import ENDLESS, Operations, together, wait_until
 
 GREEDY = Sampling(temperature=0.0, max_tokens=8)
 PROMPT = "The lighthouse on the cliff"
@@ -166,8 +167,8 @@ def test_a_load_that_fails_leaves_nothing(small_path: Path, monkeypatch: pytest.
             Engine(plan, cancel=stop)
         with pytest.raises(PlanError, match="n_ctx"):
             Engine(replace(plan, settings=replace(plan.settings, n_ctx=1 << 31)))
-    assert entries("/proc/self/fd") == files
-    assert entries("/proc/self/task") <= tasks
+    assert entries("/proc/self/fd") <= files
+    wait_until(lambda: entries("/proc/self/task") <= tasks)
     assert resident() - before < 32 << 20
 
 
@@ -247,7 +248,12 @@ def test_memory_is_predicted_without_the_data(small_path: Path) -> None:
 
 
 def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    """Bytes of this process, without what its allocator keeps although it was freed."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return runs.resident_bytes()
 
 
 def entries(folder: str) -> int:
@@ -266,50 +272,51 @@ def test_fifty_loads_leak_nothing(reader: str, small_path: Path) -> None:
     tasks = entries("/proc/self/task")
     for _ in range(50 if reader == "auto" else 10):
         once()
-    assert entries("/proc/self/fd") == files
-    assert threading.active_count() == threads
-    assert entries("/proc/self/task") <= tasks  # OpenMP's end a moment after the thread that they work for
-    # each load allocates tens of MB; an allocator keeps some of it, for each thread that there was at a time
+    assert entries("/proc/self/fd") <= files
+    assert threading.active_count() <= threads
+    wait_until(
+        lambda: entries("/proc/self/task") <= tasks
+    )  # they end a moment after those who wait for them go on
+    # each load allocates tens of MB
     assert resident() - before < 64 << 20
 
 
 def test_cancelled_while_reading(moe_path: Path) -> None:
+    """At any read: nothing more is computed than what was under way, and nothing is kept for the request."""
     least, _ = runs.expert_bytes(moe_path)
     with Engine(runs.tier_plan(moe_path, expert_bytes=least)) as engine:
         before = text(engine)
-        pieces: Iterator[object] = engine.complete(PROMPT * 40, Sampling(temperature=0.0))
-        timer = threading.Timer(0.15, engine.cancel)
-        timer.start()
-        started = time.perf_counter()
-        with pytest.raises(Cancelled):
-            for _ in pieces:
-                pass
-        assert time.perf_counter() - started < 3
-        timer.join()
-        assert text(engine) == before
-        # nothing is kept for a request that was given up, whenever that was
-        files, tasks, held = entries("/proc/self/fd"), entries("/proc/self/task"), resident()
-        for tenths in range(20):
-            pieces = engine.complete(PROMPT * 40, Sampling(temperature=0.0))
-            timer = threading.Timer(tenths / 100, engine.cancel)
-            timer.start()
+        operations = Operations(engine)
+        list(engine.complete(PROMPT * 5, Sampling(temperature=0.0, max_tokens=1)))
+        of_a_prompt = operations.asked
+        files = tasks = held = 0
+        for number in range(21):
+            with together(engine):
+                request = engine.complete(
+                    f"{number} {PROMPT * 40}", Sampling(temperature=0.0, grammar=ENDLESS)
+                )
+                operations.asked, operations.limit = 0, 1 + number * of_a_prompt // 20
+                operations.then = request.cancel
             with pytest.raises(Cancelled):
-                for _ in pieces:
-                    pass
-            timer.join()
+                list(request)
+            assert operations.asked < operations.limit + 100
+            assert request.stats.completion_tokens == 0
+            if number == 0:
+                assert text(engine) == before
+                files, tasks, held = entries("/proc/self/fd"), entries("/proc/self/task"), resident()
         assert text(engine) == before
-        assert entries("/proc/self/fd") == files
-        assert entries("/proc/self/task") <= tasks
+        assert entries("/proc/self/fd") <= files
+        wait_until(lambda: entries("/proc/self/task") <= tasks)
         assert resident() - held < 16 << 20
 
 
 def test_closed_in_the_middle_of_a_request(moe_path: Path) -> None:
     least, _ = runs.expert_bytes(moe_path)
     engine = Engine(runs.tier_plan(moe_path, expert_bytes=least))
-    pieces = engine.complete(PROMPT, Sampling(temperature=0.0))
+    pieces = engine.complete(PROMPT, Sampling(temperature=0.0, grammar=ENDLESS))
     next(pieces)
     engine.close()
-    with pytest.raises((Cancelled, GenerationError)):
+    with pytest.raises(Cancelled):
         list(pieces)
 
 
@@ -341,7 +348,7 @@ def test_statistics_add_up(moe_path: Path) -> None:
     misses = sum(layer.uses - layer.hits for layer in stats.layers)
     assert sum(layer.bytes_read for layer in stats.layers) == misses * one
     assert stats.drive_bytes >= misses * one
-    assert stats.direct
+    assert stats.direct == runs.reads_directly(moe_path)
     assert stats.stall_seconds > 0
     assert stats.drive_bytes_per_second > 1e6
     assert isinstance(plan.tier, Tier)
