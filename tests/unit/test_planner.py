@@ -272,10 +272,10 @@ def test_the_largest_model_is_planned_in_seconds(model: Callable[[str], ModelInf
     speeds = rates.from_catalogue(here)
     speeds = dataclasses.replace(speeds, plain=speeds.of("CPU"))
     wishes = planner.Open(True, True, True, True, True)
-    begun = time.process_time()
+    begun = time.thread_time()
     plan = planner.plan(m, here, Settings(), rates=speeds, open=wishes, answers=memory.Formulas(m, {}))
     assert plan.tier is not None
-    assert time.process_time() - begun < 5
+    assert time.thread_time() - begun < 5
 
 
 def test_a_ratio_of_assumed_speeds_is_not_told(model: Callable[[str], ModelInfo]) -> None:
