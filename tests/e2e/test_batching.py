@@ -549,7 +549,7 @@ def test_on_another_device(tiny_path: Path, rpc_device: str, reference: Referenc
     )
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         for place in places:
-            found = process.submit(answers_elsewhere, str(tiny_path), place, rpc_device).result(120)
+            found = process.submit(answers_elsewhere, str(tiny_path), place, rpc_device).result(300)
             assert len(found) == 5
             for prompt, tokens in found:
                 reference.check(prompt, tokens)

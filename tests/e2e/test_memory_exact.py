@@ -53,7 +53,7 @@ def allocated(plans: list[Plan]) -> list[tuple[DeviceMemory, ...]]:
         input=lines,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [tuple(DeviceMemory(**row) for row in json.loads(line)) for line in done.stdout.splitlines()]
