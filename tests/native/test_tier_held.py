@@ -52,7 +52,7 @@ SHORT = runs.PROMPT[:3]  # where only the moment counts
 @pytest.fixture(scope="module")
 def short(path: Path) -> runs.Floats:
     with runs.stock(path) as (model, ctx):
-        return runs.generate(model, ctx, SHORT, steps=1)
+        return runs.generate(model, ctx, SHORT, steps=STEPS)
 
 
 def hold(paged: PagedWeights, order: int) -> None:
@@ -142,7 +142,7 @@ def test_given_up(order: int, what: str, path: Path, short: runs.Floats) -> None
                     stop.at(limit + other)
                     given_up += runs.decode(ctx, [300 + 5 * limit + other]) == 2
                 stop.at(0)
-                assert np.array_equal(runs.generate(model, ctx, SHORT, 1), short), (budget, limit)
+                assert np.array_equal(runs.generate(model, ctx, SHORT, 1), short[:4]), (budget, limit)
             assert given_up > 20
             assert paged.take_error() == ""
 
@@ -164,7 +164,7 @@ def test_failed(order: int, what: str, path: Path, short: runs.Floats) -> None:
                 failed += runs.decode(ctx, [300 + after]) < 0
                 paged.inject_fault(0, count=0)
                 paged.take_error()
-                assert np.array_equal(runs.generate(model, ctx, SHORT, 1), short), (budget, after)
+                assert np.array_equal(runs.generate(model, ctx, SHORT, 1), short[:4]), (budget, after)
             assert failed > 1
 
 
@@ -213,7 +213,7 @@ def test_one_context_at_a_time(path: Path, expected: runs.Floats, short: runs.Fl
             thread.join()
     assert len(found) == len(threads) >= 8
     for logits in found:
-        assert np.array_equal(logits, short)
+        assert np.array_equal(logits, short[:4])
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -249,11 +249,11 @@ def test_interrupted_by_another_context(order: int, guesses: int, path: Path, sh
         ):
             hold(paged, order)
             count = when = 0
-            assert np.array_equal(runs.generate(model, first, SHORT, 1), short)
+            assert np.array_equal(runs.generate(model, first, SHORT, 1), short[:4])
             total = count
             for when in range(total // 7, total, total // 17):
                 count = 0
-                assert np.array_equal(runs.generate(model, first, SHORT, 1), short), (budget, when)
+                assert np.array_equal(runs.generate(model, first, SHORT, 1), short[:4]), (budget, when)
             assert len(other) > 10
             for found in other:
                 assert np.array_equal(found, other_expected)
@@ -262,17 +262,17 @@ def test_interrupted_by_another_context(order: int, guesses: int, path: Path, sh
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("policy", ["lru", "second-touch"])
-def test_read_ahead(order: int, policy: str, path: Path, expected: runs.Floats) -> None:
+def test_read_ahead(order: int, policy: str, path: Path, short: runs.Floats) -> None:
     """Guesses, wrong ones too, whose reads are under way when what is needed wants their place."""
     ahead = 0
-    for budget in budgets(path):
+    for budget in budgets(path)[:2]:
         for guesses in (2, 8):
             plan = runs.tier_plan(
                 path, expert_bytes=budget, policy=policy, guesses=guesses, read_bytes=16 << 10
             )
             with held(plan, order) as (model, ctx, paged):
-                for _ in range(2):
-                    assert np.array_equal(runs.generate(model, ctx, steps=STEPS), expected)
+                for _ in range(3):
+                    assert np.array_equal(runs.generate(model, ctx, SHORT, 3), short)
                 ahead += sum(layer.guess_reads for layer in paged.stats().layers)
     assert ahead > 10
 
