@@ -20,17 +20,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tensortier import formulas, placement
+from tensortier import formulas, mapped, placement
 from tensortier.pageable import DEVICE
 from tensortier.rates import AttentionSpeed, DeviceRates, Rates, Speed
 from tensortier.types import Estimate, ModelInfo, Plan, Role, Settings, Tensor, Workload
 
 OFFLOAD_BATCH = 32  # tokens from which on llama.cpp gives products to a GPU
 ASSUMED_DRIVE = Speed(1.5e9, 0.5)  # bytes/s, where nothing is known of the drive
-# Weights that main memory does not hold come back by page faults: in small pieces, one after the other, and the
-# kernel drops what will be needed next. So many times longer than reading them at the drive's speed, give or take.
-FAULT_FACTOR = 3.0
-FAULT_SPREAD = 0.6
+ASSUMED_LATENCY = 100e-6  # seconds until a read of a flash drive arrives, where it was not measured
+FAULT_SPREAD = 0.5  # of the time of page faults (``mapped``): bench/validate_mapped.py
 CPU = "CPU"
 _F32_BYTES = 4
 MODEL_ERROR = (
@@ -158,17 +156,33 @@ class Costs:
         return self._movable[layer]
 
     def paging(self, nbytes: float) -> Both:
-        """Reading again what main memory does not hold of the weights on the CPU, ``nbytes`` of them."""
+        """Reading what main memory does not hold of the weights on the CPU, ``nbytes`` of them, each byte at most once
+        in a pass and only if it is used. Page faults read more (``faults``), but not in proportion."""
         model = self.model
         drive = self.rates.drive or ASSUMED_DRIVE
         share = model.n_expert_used / model.n_expert if model.is_moe else 1.0
-        slow = FAULT_FACTOR / drive.value
 
         def once(read: float) -> Spent:
-            return Spent({"drive": read * slow}, read * slow * max(drive.spread, FAULT_SPREAD))
+            seconds = read / drive.value
+            return Spent({"drive": seconds}, seconds * max(drive.spread, FAULT_SPREAD))
 
         wide = nbytes * (1 - (1 - share) ** self._batch)
         return Both(once(wide).times(self._steps), once(nbytes * share))
+
+    def faults(self, tensors: Sequence[Tensor], paged: int, prefill: float, decode: float) -> Both:
+        """What the mapped ``tensors``, of which main memory does not hold ``paged`` bytes, add to a prompt of
+        ``prefill`` seconds and a token of ``decode`` seconds with everything in memory."""
+        drive = self.rates.drive or ASSUMED_DRIVE
+        room = sum(t.nbytes for t in tensors) - paged
+        ahead = self.rates.read_ahead or mapped.DEFAULT_READ_AHEAD
+        latency = self.rates.drive_latency or ASSUMED_LATENCY
+
+        def once(compute: float, tokens: int) -> Spent:
+            read = mapped.reads(self.model, tensors, room, ahead, tokens=tokens)
+            more = max(0.0, read.seconds(compute, drive.value, latency) - compute)
+            return Spent({"drive": more}, more * max(drive.spread, FAULT_SPREAD))
+
+        return Both(once(prefill / self._steps, self._batch).times(self._steps), once(decode, 1))
 
     def signature(self, layer: int) -> tuple[object, ...]:
         """Layers with the same signature take the same time and bytes wherever they are."""
@@ -418,11 +432,22 @@ def estimate(
     moved = None if output is None or model.tied_output else where[output.name]
     parts += [costs.output(layers[-1], moved), costs.fixed({*layers, *where.values()})]
     if paged:
-        parts.append(costs.paging(paged))
-        if rates.drive is None:
-            assumed = f"the drive's speed is not known: {ASSUMED_DRIVE.value / 1e9:.1f} GB/s are assumed"
-            rates = dataclasses.replace(rates, notes=(*rates.notes, assumed))
+        here = [t for t in model.tensors if where[t.name] == CPU]
+        prefill, decode = total(p.prefill for p in parts), total(p.decode for p in parts)
+        parts.append(costs.faults(here, paged, prefill.seconds, decode.seconds))
+        rates = dataclasses.replace(rates, notes=(*rates.notes, *_assumed(rates)))
     return combine(parts, workload, rates, {*layers, *where.values()})
+
+
+def _assumed(rates: Rates) -> Iterable[str]:
+    """What is not known of the drive where weights come back by page faults."""
+    if rates.drive is None:
+        yield f"the drive's speed is not known: {ASSUMED_DRIVE.value / 1e9:.1f} GB/s are assumed"
+    if rates.read_ahead is None:
+        yield (
+            f"the read-ahead of the drive is not known: {mapped.DEFAULT_READ_AHEAD >> 10} KiB are assumed where "
+            "weights come back by page faults"
+        )
 
 
 def combine(parts: Iterable[Both], workload: Workload, rates: Rates, devices: Iterable[str]) -> Estimate:

@@ -13,7 +13,7 @@ from tensortier.budget import PROCESS, Budget, budget_of
 from tensortier.candidates import Question, excess
 from tensortier.candidates import to_cpu as to_cpu
 from tensortier.errors import PlanError, UsageError
-from tensortier.rates import Rates
+from tensortier.rates import Rates, read_ahead
 from tensortier.search import Option, Search
 from tensortier.types import (
     Candidate,
@@ -296,7 +296,7 @@ def _preferred(
     there is to say of it."""
     left = paging.paged_bytes(model, paged, budget.free)
     stays = paging.dense_stays(model, paged, budget.free)
-    where = reasons.on_the_drive(paged, left, stays, mapped, budget)
+    where = reasons.on_the_drive(paged, left, stays, mapped, budget, read_ahead(hardware))
     made = dataclasses.replace(paged, reasons=(where, *told), workload=mapped.workload)
     made = dataclasses.replace(made, memory=(*made.memory, _process(budget)))
     made = dataclasses.replace(made, warnings=tuple(reasons.warnings(made, model, hardware, budget)))

@@ -112,6 +112,7 @@ class Rates:
     )
     drive_latency: float = 0.0  # seconds until the first of several reads begins to arrive
     reads: Reads | None = None  # None: not measured
+    read_ahead: int | None = None  # bytes, as the kernel is set for this drive; None: it does not tell
 
     def of(self, device: str) -> DeviceRates:
         """Of a device, or of the CPU with weights from the drive ("TIER")."""
@@ -144,7 +145,7 @@ def from_calibration(calibration: Calibration, hardware: Hardware, settings: Set
     # of the drive that the model is on, where that is the one that was measured
     drives = [d for d in calibration.drives if d.mount_point in here] or list(calibration.drives)
     if not drives:
-        return Rates(found, None, calibration.notes, plain)
+        return Rates(found, None, calibration.notes, plain, read_ahead=read_ahead(hardware))
     best = _best_reads(drives)
     single = min((d for d in drives if d.depth == 1), key=lambda d: d.block, default=best)
     latency = max(0.0, single.block / single.bytes_per_second - single.block / best.bytes_per_second)
@@ -155,6 +156,14 @@ def from_calibration(calibration: Calibration, hardware: Hardware, settings: Set
         plain,
         latency,
         Reads(best.depth, best.block),
+        read_ahead(hardware),
+    )
+
+
+def read_ahead(hardware: Hardware) -> int | None:
+    """Bytes that the kernel reads ahead on the model's drive; None where it does not tell."""
+    return next(
+        (int(d.details["read_ahead_bytes"]) for d in hardware.drives if "read_ahead_bytes" in d.details), None
     )
 
 
@@ -325,7 +334,7 @@ def from_catalogue(hardware: Hardware) -> Rates:
     for d in hardware.drives:
         if speed := d.details.get("read_bytes_per_s"):
             drive = Speed(float(speed) * 0.8, ASSUMED_SPREAD)
-    return Rates(found, drive)
+    return Rates(found, drive, read_ahead=read_ahead(hardware))
 
 
 def _catalogue_cpu(device: Device, hardware: Hardware) -> DeviceRates:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tensortier import formulas, placement
 from tensortier.budget import PROCESS, Budget
 from tensortier.candidates import CPU_ONLY, EVERYTHING, FIT, Question
+from tensortier.mapped import DEFAULT_READ_AHEAD
 from tensortier.search import PAGEABLE, QUANTIZED_KV_GAIN, Option, Search
 from tensortier.types import (
     Candidate,
@@ -69,12 +70,20 @@ def known(estimate: Estimate) -> bool:
     return estimate.provenance.get("CPU") != ASSUMED
 
 
-def on_the_drive(made: Plan, paged: tuple[int, int], stays: int, mapped: Plan, budget: Budget) -> str:
+def on_the_drive(
+    made: Plan,
+    paged: tuple[int, int],
+    stays: int,
+    mapped: Plan,
+    budget: Budget,
+    read_ahead: int | None = None,
+) -> str:
     """What is left on the drive, and what a mapped file would come to.
 
     Args:
         paged: bytes of experts and of other weights that ``made`` leaves there.
         stays: bytes of these others that are in RAM all the time.
+        read_ahead: bytes, which the kernel is set to for the drive; None: not known.
     """
     assert made.tier is not None
     experts, dense = paged
@@ -89,9 +98,17 @@ def on_the_drive(made: Plan, paged: tuple[int, int], stays: int, mapped: Plan, b
     told = f"{gib(needed)} would be needed in RAM, which has {gib(max(0, has))}: on the drive are "
     told += ", and ".join(parts)
     if made.estimate is not None and mapped.estimate is not None and known(made.estimate):
-        longer = ratio(mapped.estimate.seconds, made.estimate.seconds)
-        told += f"; mapping the file instead, as llama.cpp does, would take {longer}"
+        longer = about(mapped.estimate.seconds, made.estimate.seconds)
+        told += f"; mapping the file instead, as llama.cpp does, would take {longer}, {_window(read_ahead)}"
     return told
+
+
+def _window(read_ahead: int | None) -> str:
+    """What page faults were reckoned with."""
+    if read_ahead is None:
+        return f"if the drive's read-ahead is {DEFAULT_READ_AHEAD >> 10} KiB (it is not known)"
+    size = f"{read_ahead >> 20} MiB" if read_ahead >= MIB else f"{read_ahead >> 10} KiB"
+    return f"by this drive's read-ahead of {size}"
 
 
 def _share(part: int, whole: int) -> str:
@@ -207,6 +224,14 @@ def ratio(seconds: float, than: float) -> str:
     if times >= 1.005:
         return f"{times - 1:.0%} longer"
     return "as long"
+
+
+def about(seconds: float, than: float) -> str:
+    """ "about 18 times as long", "about as long", of speeds that are not known well."""
+    times = seconds / than
+    if times >= 10:
+        return f"about {times:.0f} times as long"
+    return f"about {times:.1f} times as long" if times >= 1.05 else "about as long"
 
 
 def slower(seconds: float, than: float) -> str:

@@ -56,6 +56,9 @@ _NETWORK_FILESYSTEMS = (
         "fuse.juicefs",
     ),
 )
+_BTRFS_READ_AHEAD_KIB = (
+    4096  # at least, whatever the drive's is (open_ctree in the kernel's fs/btrfs/disk-io.c)
+)
 _VIRTUAL_VENDORS = ("QEMU", "VMware", "Msft", "VBOX", "Google", "Amazon", "Red Hat", "Virtio")
 
 
@@ -176,7 +179,11 @@ def drive(path: str | Path, root: Path = ROOT) -> Drive:
         if mount is None:
             return Drive(asked, "unknown", "unknown", "unknown", "unknown", usage.total, usage.free)
         kind = _linux_drive_kind(mount, root)
-        return Drive(asked, mount.point, mount.source, mount.filesystem, kind, usage.total, usage.free)
+        read_ahead = _read_ahead(mount, root)
+        details = {} if read_ahead is None else {"read_ahead_bytes": read_ahead}
+        return Drive(
+            asked, mount.point, mount.source, mount.filesystem, kind, usage.total, usage.free, details
+        )
     parts = [p for p in psutil.disk_partitions(all=True) if place.is_relative_to(p.mountpoint)]
     if not parts:
         return Drive(asked, "unknown", "unknown", "unknown", "unknown", usage.total, usage.free)
@@ -339,10 +346,32 @@ def _linux_drive_kind(mount: _Mount, root: Path) -> str:
         return "memory"
     if mount.filesystem in _NETWORK_FILESYSTEMS:
         return "network"
+    block = _block(mount, root)
+    return "unknown" if block is None else _block_kind(block)
+
+
+def _block(mount: _Mount, root: Path) -> Path | None:
     block = root / "sys" / "dev" / "block" / mount.device
     if not block.exists() and mount.source.startswith("/dev/"):  # btrfs: the mount has a number of its own
         block = root / "sys" / "class" / "block" / Path(mount.source).resolve().name
-    return _block_kind(block.resolve()) if block.exists() else "unknown"
+    return block.resolve() if block.exists() else None
+
+
+def _read_ahead(mount: _Mount, root: Path) -> int | None:
+    """Bytes that the kernel reads ahead of what is asked for in a file there; None where nothing says how many (an
+    overlay of other file systems, or one of its own device numbers that does not tell)."""
+    if mount.filesystem in _MEMORY_FILESYSTEMS:
+        return None
+    block = _block(mount, root)
+    kib = _number(
+        root / "sys" / "class" / "bdi" / mount.device / "read_ahead_kb"
+    )  # network file systems, FUSE
+    if kib is None and block is not None:
+        disk = block.parent if (block / "partition").exists() else block
+        kib = _number(disk / "queue" / "read_ahead_kb")
+        if kib is not None and mount.filesystem == "btrfs":
+            kib = max(kib, _BTRFS_READ_AHEAD_KIB)
+    return None if kib is None else kib << 10
 
 
 def _block_kind(block: Path) -> str:

@@ -139,7 +139,7 @@ class Drive:
     kind: str  # "nvme", "ssd", "hdd", "network", "memory", "unknown"
     total: int
     free: int
-    details: Mapping[str, Any] = field(default_factory=dict)  # published speeds, for a catalogue's drive
+    details: Mapping[str, Any] = field(default_factory=dict)  # published speeds; on Linux the read-ahead
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "placement": {"types", "errors", "patterns"},
     "workloads": {"types", "errors"},
     "rates": {"types", "calibrate", "gguf", "pageable"},
-    "cost": {"types", "formulas", "placement", "rates", "pageable"},
+    "mapped": {"types"},
+    "cost": {"types", "formulas", "placement", "rates", "pageable", "mapped"},
     "planfile": {"types", "errors"},
     "planid": {"types", "errors"},
     "explain": {"types"},
@@ -55,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "candidates": {"types", "memory", "overrides", "placement", "fit"},
     "budget": {"types", "placement", "rates"},
     "search": {"types", "memory", "formulas", "rates", "cost", "budget", "optimizer", "candidates"},
-    "reasons": {"types", "placement", "formulas", "budget", "candidates", "search", "pageable"},
+    "reasons": {"types", "placement", "formulas", "budget", "candidates", "search", "pageable", "mapped"},
     "planner": {
         *("types", "errors", "placement", "memory", "rates", "budget", "candidates", "search", "reasons"),
         "paging",

