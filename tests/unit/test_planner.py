@@ -231,10 +231,12 @@ def test_a_plan_with_weights_on_the_drive_says_all_of_it(model: Callable[[str], 
     here = catalogue.hypothetical(("RTX 4060 8GB",), 32 << 30, cpu_bandwidth=60, drive="NVMe PCIe 4.0 x4")
     speeds = rates.from_catalogue(here)
     wishes = planner.Open(context=True, kv_type=True, ubatch=True, op_offload=True)
-    plan = planner.plan(m, here, Settings(), rates=speeds, open=wishes, answers=memory.Formulas(m, {}))
+    deep = Workload("", 256, 256, 7000)
+    answers = memory.Formulas(m, {})
+    plan = planner.plan(m, here, Settings(), workload=deep, rates=speeds, open=wishes, answers=answers)
     assert plan.tier is not None and plan.settings.type_k == "q8_0"
     assert any(reason.startswith("KV cache in q8_0") for reason in plan.reasons)
-    assert plan.reasons[-1].startswith("context of 4096 tokens")
+    assert plan.reasons[-1].startswith("context of 8192 tokens")
     assert plan.estimate is not None
     for other in plan.candidates[1:]:
         assert other.estimate is not None
