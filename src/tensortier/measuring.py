@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tensortier.calibrate import Calibration
     from tensortier.rates import Rates
 
-SECONDS = 30  # that measuring takes at most
+SECONDS = 30  # that measuring takes on an idle machine; ``calibrate.LIMIT_SECONDS`` at most for each device
 Say = Callable[[str], None]  # takes a warning, one line
 # Where neither a measurement nor the user says it: two channels of DDR4-3200. Enough to choose a placement by, as
 # main memory is far slower than a card's; not enough to promise a speed.

@@ -6,6 +6,7 @@ import itertools
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tensortier import paths
@@ -19,29 +20,38 @@ FILE_BYTES = 256 * MIB
 
 
 def measure_drive(
-    near: Path | None = None, *, file_bytes: int = FILE_BYTES, seconds: float = 0.06, rounds: int = 3
+    near: Path | None = None,
+    *,
+    file_bytes: int = FILE_BYTES,
+    seconds: float = 0.06,
+    rounds: int = 3,
+    over: Callable[[], bool] = lambda: False,
 ) -> list[DriveRead]:
     """Random reads past the page cache, by the reader that weights on the drive come through: the median of
     ``rounds`` over all block sizes and depths, ``seconds`` each (drives of virtual machines are fast for a moment, and
-    slow for the next).
+    slow for the next). Once ``over`` says that the time is up, what was read until then counts: fewer rounds, or not
+    all sizes and depths.
 
     Read is ``near`` itself where that is a file of ``file_bytes`` or more: what was just written may still be in some
     cache on its way to the drive. Else a file that is made beside it (default: in the cache folder) and removed.
 
     Raises:
-        OSError: no room, or a file system that cannot read past its cache.
+        OSError: no room, a file system that cannot read past its cache, or (TimeoutError) the file was not written in
+            time.
     """
     if near is not None and _is_large(near, file_bytes):
-        return _measured(near, seconds, rounds)
+        return _measured(near, seconds, rounds, over)
     folder = near if near is not None and near.is_dir() else (near.parent if near else paths.cache_dir())
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".calibrate-") as file:
         chunk = os.urandom(MIB)
         for _ in range(file_bytes // MIB):
             file.write(chunk)
+            if over():
+                raise TimeoutError(f"writing {file_bytes // MIB} MiB to read them again took too long")
         file.flush()
         os.fsync(file.fileno())
-        return _measured(Path(file.name), seconds, rounds)
+        return _measured(Path(file.name), seconds, rounds, over)
 
 
 def large_file(hardware: Hardware) -> Path | None:
@@ -60,7 +70,7 @@ def _is_large(path: Path, nbytes: int) -> bool:
     return path.is_file() and status.st_size >= nbytes and held >= 0.9 * status.st_size
 
 
-def _measured(file: Path, seconds: float, rounds: int) -> list[DriveRead]:
+def _measured(file: Path, seconds: float, rounds: int, over: Callable[[], bool]) -> list[DriveRead]:
     from tensortier import tier
 
     direct = getattr(os, "O_DIRECT", 0)
@@ -68,11 +78,12 @@ def _measured(file: Path, seconds: float, rounds: int) -> list[DriveRead]:
         raise OSError("this system has no O_DIRECT")
     os.close(os.open(file, os.O_RDONLY | direct))  # refused where the file system has no such reads
     found: dict[tuple[int, int], list[float]] = {key: [] for key in itertools.product(BLOCKS, DEPTHS)}
-    for _ in range(rounds):
-        for block, depth in found:
-            found[block, depth].append(tier.drive_bandwidth(file, block=block, depth=depth, seconds=seconds))
+    for block, depth in list(found) * rounds:
+        found[block, depth].append(tier.drive_bandwidth(file, block=block, depth=depth, seconds=seconds))
+        if over():
+            break
     mount = _mount_point(file.parent)
-    return [DriveRead(mount, *key, statistics.median(speeds)) for key, speeds in found.items()]
+    return [DriveRead(mount, *key, statistics.median(speeds)) for key, speeds in found.items() if speeds]
 
 
 def _mount_point(folder: Path) -> str:

@@ -28,10 +28,11 @@ def robust(seconds: Sequence[float]) -> tuple[float, float]:
 _Row = TypeVar("_Row", Product, Attention)
 
 
-def steadiest(measure: Callable[[], _Row | None]) -> _Row | None:
-    """A figure whose runs agree, or after three tries the fastest: a disturbance only ever slows."""
+def steadiest(measure: Callable[[], _Row | None], again: Callable[[], bool] = lambda: True) -> _Row | None:
+    """A figure whose runs agree, or after three tries the fastest: a disturbance only ever slows. ``again`` is asked
+    before each further try; where it says no, what there is has to do."""
     rows: list[_Row] = []
-    for _ in range(3):
+    while len(rows) < 3 and (not rows or again()):
         row = measure()
         if row is None or row.spread < STEADY:
             return row

@@ -33,6 +33,9 @@ def _measured(machine: Hardware, settings: Settings, rpc: Sequence[str], *, quie
     from tensortier import measuring
 
     if not quiet:
-        note(f"measuring this machine once, up to {measuring.SECONDS} s (--no-calibrate skips it) ...")
+        note(f"measuring this machine once, about {measuring.SECONDS} s (--no-calibrate skips it) ...")
     with progress_bar(sys.stderr.isatty() and not quiet, "measuring") as report:
-        return measuring.measured(machine, settings, rpc, warn, report)
+        found = measuring.measured(machine, settings, rpc, warn, report)
+    for line in () if found is None else found.notes:
+        warn(line)
+    return found

@@ -31,8 +31,9 @@ def hardware(
         bool,
         typer.Option(
             "--calibrate",
-            help="Measure what the devices and the drive achieve (under half a minute, on an idle machine) "
-            "and keep it; without it, what was measured before is shown.",
+            help="Measure what the devices and the drive achieve (under half a minute, on an idle machine; on a slow "
+            "or busy one a minute at most for each device and the drive, with fewer figures) and keep it; without it, "
+            "what was measured before is shown.",
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,

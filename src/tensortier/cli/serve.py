@@ -268,8 +268,11 @@ def _served(name: str | None) -> LibraryModel | None:
 def _measured(machine: Hardware, settings: Settings, rpc: Sequence[str]) -> Rates | None:
     from tensortier import measuring
 
-    note(f"measuring this machine once, up to {measuring.SECONDS} s (--no-calibrate skips it) ...")
-    return measuring.measured(machine, settings, rpc, warn)
+    note(f"measuring this machine once, about {measuring.SECONDS} s (--no-calibrate skips it) ...")
+    found = measuring.measured(machine, settings, rpc, warn)
+    for line in () if found is None else found.notes:
+        warn(line)
+    return found
 
 
 def _checked_key(key: str | None) -> str | None:

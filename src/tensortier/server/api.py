@@ -312,7 +312,10 @@ class _Measurement:
 
         wish, machine = self._plans.wish, self._plans.machine
         try:
-            await in_thread(measuring.measured, machine, wish.settings, wish.rpc, self._said.append, progress)
+            found = await in_thread(
+                measuring.measured, machine, wish.settings, wish.rpc, self._said.append, progress
+            )
+            self._said += () if found is None else found.notes
         except Exception as exc:
             self._said.append(f"measuring failed: {exc}")
             raise
