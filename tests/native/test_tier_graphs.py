@@ -74,20 +74,18 @@ class Product:
     def __init__(self, weight: Weight, data: bytes, tokens: int, seed: int) -> None:
         self.weight, self.data = weight, data
         _, (width, self.rows, *rest), _ = weight
-        experts = rest[0] if rest else 0
+        self.experts = experts = rest[0] if rest else 0
         rng = np.random.default_rng(seed)
         self.used, self.tokens = 2 if experts else 1, tokens
-        self.input = rng.standard_normal((self.tokens, 1, width)).astype(np.float32)
-        if not experts:
-            self.ids = None
-            return
-        self.ids = np.array([rng.permutation(experts)[: self.used] for _ in range(self.tokens)], np.int32)
+        # the choice first: parts of the same experts have inputs of different widths
+        self.ids = np.array([rng.permutation(max(experts, 1))[: self.used] for _ in range(tokens)], np.int32)
+        self.input = rng.standard_normal((tokens, 1, width)).astype(np.float32)
 
     def node(self, ctx: int, weight: int) -> int:
         width = self.input.shape[-1]
-        x = new_tensor(ctx, F32, width, *((1, self.tokens) if self.ids is not None else (self.tokens, 1)))
+        x = new_tensor(ctx, F32, width, *((1, self.tokens) if self.experts else (self.tokens, 1)))
         ctypes.memmove(data_of(x), self.input.tobytes(), self.input.nbytes)
-        if self.ids is None:
+        if not self.experts:
             return int(mul_mat(ctx, weight, x))
         ids = new_tensor(ctx, I32, self.used, self.tokens, 1)
         ctypes.memmove(data_of(ids), self.ids.tobytes(), self.ids.nbytes)
@@ -174,6 +172,25 @@ def test_a_weight_is_looked_at(order: int, models: list[Path]) -> None:
                 buffer = ctypes.create_string_buffer(1000)
                 tensor_get(known[t.name][0], buffer, 777, 1000)
                 assert buffer.raw == content[t.offset + 777 : t.offset + 1777]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("tokens", [2, 3, 5])
+def test_parts_in_another_order(order: int, tokens: int, models: list[Path]) -> None:
+    """What was read for a later part gives way to a part that comes before it for once."""
+    path, room = models[0], runs.expert_bytes(models[0])[0]
+    content = path.read_bytes()
+    with weights(path, order, expert_bytes=room) as known:
+        where = {t.name: t for t in gguf.read(path).tensors}
+        products = []
+        for seed, parts in enumerate(
+            [("up", "gate", "down"), ("gate", "up", "down"), ("down", "up", "gate")]
+        ):
+            for part in parts:
+                tensor = where[f"blk.0.ffn_{part}_exps.weight"]
+                data = content[tensor.offset : tensor.offset + tensor.nbytes]
+                products.append(Product(known[tensor.name], data, tokens, seed))
+        check(products)
 
 
 @pytest.mark.parametrize("order", ORDERS)
