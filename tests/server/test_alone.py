@@ -13,13 +13,17 @@ import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tensortier import measuring
+from tensortier.deciding import Wish
 from tensortier.errors import OutOfMemory
 from tensortier.library import LibraryModel
 from tensortier.server import planning
+from tensortier.server.api import _Measurement
 from tensortier.server.host import ModelHost
 from tensortier.server.loading import HostStopping, ModelUnavailable, Occupied
 from tensortier.server.order import OTHERS
@@ -159,7 +163,65 @@ def test_the_end_of_the_server_ends_what_waits_for_it() -> None:
     run(work())
 
 
+def test_who_gives_up_waiting_leaves_nothing() -> None:
+    world = World()
+
+    async def work() -> None:
+        async with host_of(world) as host:
+            await used(host, "a")
+            async with host.alone(WHAT):
+                waiting = [asyncio.create_task(used(host, name)) for name in ("a", "b") * 20]
+                await until(lambda: [one.users for one in host.state()] == [20, 20])
+                for task in waiting:
+                    task.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
+                assert [one.users for one in host.state()] == [0, 0]
+            await used(host, "b")
+            async with host.alone(WHAT):
+                pass
+
+    run(work())
+
+
+def test_what_was_measured_less_well_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(notes=("measuring CPU took long",))
+    monkeypatch.setattr(measuring, "measured", lambda *_: found)
+
+    async def work() -> None:
+        left: list[str] = []
+        async with contextlib.AsyncExitStack() as held:
+            held.callback(left.append, "left")
+            measurement = _Measurement(SimpleNamespace(wish=Wish("x"), machine=None))  # type: ignore[arg-type]
+            measurement.start(held.pop_all())
+        await until(lambda: not measurement.running)
+        assert measurement.state() == {"fraction": None, "warnings": ["measuring CPU took long"]}
+        assert left == ["left"]
+
+    run(work())
+
+
 # --- other programs
+
+
+@locks
+def test_memory_is_freed_while_another_program_loads(cache: Path) -> None:
+    """One that was stopped in the middle of it, say, and holds the turn for hours."""
+    world, others = World(), Turn()
+
+    async def work() -> None:
+        async with turns_of(world) as host:
+            await used(host, "a")
+            assert others.try_take()
+            host.load("b")
+            await until(lambda: waits(host).get("b") == OTHERS)
+            await used(host, "a")  # answers go on
+            host.unload("a")
+            await until(lambda: phases(host) == {"b": "waiting"})
+            assert world.events == ["load a", "close a"]
+            others.end()
+            await used(host, "b")
+
+    run(work())
 
 
 @locks
