@@ -30,8 +30,9 @@ from tensortier.types import ModelInfo, Role, Tensor
 
 DEFAULT_READ_AHEAD = 128 << 10  # bytes: Linux's own where nothing else is set
 _SEQUENTIAL = 2  # times the read-ahead, for who says that he reads in sequence
-# To bring in a page: allocate, charge, map, and drop another one. 1.6 us for 4 KiB on the machine of docs/lab-log.md.
-KERNEL_SECONDS_PER_BYTE = 0.4e-9
+# To bring in a page: allocate, charge, map, and drop another one. 2 us for 4 KiB, by the system time of the runs in
+# docs/lab-log.md.
+KERNEL_SECONDS_PER_BYTE = 0.5e-9
 _GIB = 1 << 30
 
 
@@ -83,10 +84,11 @@ def reads(
     left = dense * (1 - dense_held)
     from_experts = asked * (1 - found_share)
     total = left + from_experts
+    ahead = left + from_experts * used  # runs of experts are as long as many are used
     return Read(
         total,
         left / window + (1 - found_share) * sum(n * part.windows for n, part in parts),
-        (left + from_experts * used) / total if total else 0.0,  # runs of experts are as long as many are used
+        ahead / total if total else 0.0,
     )
 
 
