@@ -111,8 +111,6 @@ def test_a_common_beginning_is_computed_once(engine: Engine, reference: Referenc
 
 def test_one_that_is_still_generating_gives_its_beginning(engine: Engine, reference: Reference) -> None:
     prompt = "A story that is told by an old man at the harbour, who has seen much: "
-    with together(engine):
-        long = Heard(ask(engine, prompt, 300), {1: lambda: follow()})
     others: list[Heard] = []
     unfinished: list[bool] = []
 
@@ -120,6 +118,8 @@ def test_one_that_is_still_generating_gives_its_beginning(engine: Engine, refere
         look = {10: lambda: unfinished.append(long.request.stats.finish_reason is None)}
         others.append(Heard(ask(engine, prompt + "It begins with", 10), look))
 
+    with together(engine):
+        long = Heard(ask(engine, prompt, 300), {1: follow})
     wait_until(lambda: bool(unfinished))
     long.request.cancel()
     (other,) = others
@@ -209,10 +209,11 @@ def test_who_cancels_in_a_long_prompt_goes_alone(smollm2_path: Path, monkeypatch
                 go()
 
         batches = Batches(monkeypatch, before)
-        beside = Heard(
-            ask(engine, "A text about a lighthouse:", 60),
-            {1: lambda: long.append(ask(engine, "one two three four five " * 900, 10))},
-        )
+        with together(engine):
+            beside = Heard(
+                ask(engine, "A text about a lighthouse:", 60),
+                {1: lambda: long.append(ask(engine, "one two three four five " * 900, 10))},
+            )
         # its tokens but one were computed in batches of one: the same numbers
         assert answer(beside.wait()) == alone
         assert beside.request.stats.finish_reason == "length"
