@@ -173,7 +173,9 @@ def test_a_plan_says_what_page_faults_take_and_what_is_not_known() -> None:
     assert known.decode_seconds["drive"] > 1.2 * told.decode_seconds["drive"]
     read = mapped.reads(of, of.tensors, whole - whole // 2, 8 * MIB)
     compute = sum(in_ram.decode_seconds.values())
-    assert sum(known.decode_seconds.values()) == pytest.approx(read.seconds(compute, 2e9, cost.ASSUMED_LATENCY))
+    assert sum(known.decode_seconds.values()) == pytest.approx(
+        read.seconds(compute, 2e9, cost.ASSUMED_LATENCY)
+    )
     low, high = known.decode_interval
     assert low < known.decode_tokens_per_second < high
     # all experts are used by a prompt of 512 tokens: its pass over them is read once
