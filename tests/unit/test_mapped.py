@@ -11,7 +11,7 @@ import pytest
 
 from tensortier import cost, mapped, rates, system
 from tensortier.rates import Speed
-from tensortier.types import Hardware, ModelInfo, Placement, Plan, Role, Settings, Tensor, Workload
+from tensortier.types import Estimate, Hardware, ModelInfo, Placement, Plan, Role, Settings, Tensor, Workload
 from tests.unit.test_cost import RATES
 from tests.unit.test_cost import model as small
 from tests.unit.test_hardware import block, linux, make
@@ -153,7 +153,7 @@ def test_the_embedding_is_looked_up_and_not_read() -> None:
     assert mapped.reads(tied, of.tensors, whole / 2, MIB).nbytes == whole
 
 
-def mapped_plan(paged: int, **fields: object) -> cost.Estimate:
+def mapped_plan(paged: int, **fields: object) -> Estimate:
     known = dataclasses.replace(RATES, drive=Speed(2e9), **fields)  # type: ignore[arg-type]
     of = small(experts=64, used=8)
     plan = Plan("m", Placement(), Settings(n_ctx=4096))
