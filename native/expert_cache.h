@@ -120,6 +120,7 @@ private:
     void build(Pass & pass, const std::vector<int32_t> & ids, int tokens, int used) const;
     void use_guesses(Pass & pass, int group);
     void give_up(int slot);
+    void forget_guess(int slot);
     int guessed_slot(int group, int expert, size_t part) const;
     int idle_passing() const;
     bool loading(const Slot & slot) const;

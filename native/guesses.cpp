@@ -43,15 +43,22 @@ void ExpertCache::use_guesses(Pass & pass, int group) {
     for (const int slot : passing_) {
         const Slot & wrong = slots_[static_cast<size_t>(slot)];
         if (wrong.guessed && wrong.group == group) {
-            for (size_t p = 0; p < MAX_PARTS; ++p) { // what has not begun does not begin
-                if (wrong.state[p] == ReadState::loading &&
-                    reader_.drop(&slots_[static_cast<size_t>(slot)].state[p])) {
-                    totals.bytes -= groups_[static_cast<size_t>(group)].parts[p].nbytes;
-                }
-            }
-            release(slot);
+            forget_guess(slot);
         }
     }
+}
+
+// Nobody wants what a slot was guessed to hold: what has not begun does not begin. What has goes on, and the
+// slot is idle when that has ended.
+void ExpertCache::forget_guess(int slot) {
+    Slot & wrong = slots_[static_cast<size_t>(slot)];
+    const size_t group = static_cast<size_t>(wrong.group);
+    for (size_t p = 0; p < groups_[group].parts.size(); ++p) {
+        if (wrong.state[p] == ReadState::loading && reader_.drop(&wrong.state[p])) {
+            totals_[group].bytes -= groups_[group].parts[p].nbytes;
+        }
+    }
+    release(slot);
 }
 
 // The slot that this part was read into ahead, or -1.
@@ -83,10 +90,10 @@ bool ExpertCache::loading(const Slot & slot) const {
 // Takes a passing slot from whoever has it, as soon as nothing is read into it any more.
 void ExpertCache::give_up(int slot) {
     Slot & taken = slots_[static_cast<size_t>(slot)];
+    if (taken.guessed) {
+        forget_guess(slot);
+    }
     for (ReadState & state : taken.state) {
-        if (taken.guessed && state == ReadState::loading) {
-            reader_.drop(&state);
-        }
         reader_.promote(&state);
         while (state == ReadState::loading) {
             reader_.wait(WAIT_MILLISECONDS);
@@ -104,7 +111,7 @@ void ExpertCache::guess(int group, const std::vector<int32_t> & experts, size_t 
     }
     for (const int slot : passing_) { // of a guess that no pass has followed
         if (slots_[static_cast<size_t>(slot)].guessed) {
-            give_up(slot);
+            forget_guess(slot);
         }
     }
     for (const int32_t expert : experts) {
