@@ -38,13 +38,19 @@ def together(engine: Engine) -> Iterator[None]:
 
 class Heard:
     """What a request's listener is told. ``at`` says what is done, on the engine's thread, when so many pieces have
-    come: it computes nothing before that is done."""
+    come, ``last`` when it has ended: nothing is computed before that is done."""
 
-    def __init__(self, request: Request, at: dict[int, Callable[[], object]] | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        at: dict[int, Callable[[], object]] | None = None,
+        last: Callable[[], object] = lambda: None,
+    ) -> None:
         self.pieces: list[Piece] = []
         self.error: TensortierError | None = None
         self.ended = threading.Event()
         self._at = at or {}
+        self._last = last
         self.request = request
         request.listen(self._hear)
 
@@ -54,6 +60,7 @@ class Heard:
             self._at.get(len(self.pieces), lambda: None)()
         else:
             self.error = item
+            self._last()
             self.ended.set()
 
     def wait(self) -> list[Piece]:
