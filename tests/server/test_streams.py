@@ -119,6 +119,15 @@ def test_who_leaves_in_the_middle_of_a_long_prompt(server: ServerProcess, kind: 
     )
 
 
+def test_a_text_that_is_embedded_in_pieces_is_counted_once(server: ServerProcess) -> None:
+    server.quiet()
+    before = activity(server)["prompt_tokens_total"]
+    connection = ask(server, {"input": "word " * 600, "temperature": None}, "/v1/embeddings")
+    used = json.loads(connection.getresponse().read())["usage"]["prompt_tokens"]
+    connection.close()
+    assert used > 512 and activity(server)["prompt_tokens_total"] - before == used
+
+
 def test_a_storm_of_clients_that_leave(server: ServerProcess) -> None:
     server.quiet()
     before = server.files(), server.threads()
