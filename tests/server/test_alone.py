@@ -68,6 +68,11 @@ async def turns_of(world: World, served: str | None = "a", **options: Any) -> As
 
 def test_what_is_asked_for_meanwhile_waits_and_is_done_afterwards() -> None:
     world = World()
+    answered: list[str] = []
+
+    async def answer(host: ModelHost, name: str) -> None:
+        async with host.engine(name):
+            answered.append(name)
 
     async def work() -> None:
         async with host_of(world) as host:
@@ -76,14 +81,14 @@ def test_what_is_asked_for_meanwhile_waits_and_is_done_afterwards() -> None:
             async with host.alone(WHAT):
                 host.unload("b")
                 host.load("c")
-                answers = [asyncio.create_task(used(host, name)) for name in ("a", "c", "big")]
+                answers = [asyncio.create_task(answer(host, name)) for name in ("a", "c", "big")]
                 await until(lambda: len(host.state()) == 4 and host.state()[1].users)
                 told = {"a": "ready", "b": "unloading", "c": "waiting", "big": "waiting"}
                 for _ in range(20):  # whatever could go on now had its turn
                     await asyncio.sleep(0)
                     assert phases(host) == told
                 assert waits(host) == {"a": "", "b": WHAT, "c": WHAT, "big": WHAT}
-                assert world.events == ["load a", "load b"] and not any(task.done() for task in answers)
+                assert world.events == ["load a", "load b"] and not answered
             await asyncio.gather(*answers)
             assert world.events[2:4] == ["close b", "load c"] and world.events[-1] == "load big"
 
