@@ -13,10 +13,10 @@ tokens, ``read_bytes``, ``hits`` and ``lookups`` (of experts); ``likeliest`` hol
 after every token since. ``--options`` is what that engine's authors recommend; it may be given more than once, and all
 take part.
 
-Both run in a memory control group of the model's size / RATIO with a cold page cache; their cache is what that leaves
-beside the weights that are not paged and OUTSIDE, or none where it would not hold the experts of one token and so an
-LRU over all layers would find nothing. Ceiling: the longer of (bytes read / the drive's speed just before and after)
-and (the time with everything in memory). Ours is timed with as many guesses as bench.tier_compare has.
+Both run in a memory control group of the model's size / RATIO with a cold page cache; its cache is what that leaves
+beside the weights that are not paged and --outside; another size may be among the options, which come last.
+Ceiling: the longer of (bytes read / the drive's speed just before and after) and (the time with everything in memory).
+Ours is timed with as many guesses as bench.tier_compare has.
 
 Both take the prompt token by token, so that no layer needs the experts of more than one and both compute the same.
 The texts: greedy, which a model of random weights soon repeats, and tokens at random, the worst case for a cache. The
@@ -41,7 +41,7 @@ from pathlib import Path
 from bench import tier_compare, tier_moe, tier_runs
 from tensortier import gguf
 
-OUTSIDE = 96  # MiB of the other program beside its weights and its cache; too little and it is killed
+OUTSIDE = 136  # MiB of the other program beside its weights and its cache; too little and it is killed
 
 
 @dataclass(frozen=True)
@@ -51,44 +51,37 @@ class Other:
     decode: float  # tokens/s
     bytes_per_token: float
     hit_rate: float
-    peak: int  # bytes of the control group
     load_seconds: float
+    others: float  # cores that other programs used meanwhile
     likeliest: tuple[int, ...]
 
     def __str__(self) -> str:
         return (
             f"decode {self.decode:6.2f} tokens/s, read {self.bytes_per_token / 1e6:6.1f} MB/token, "
-            f"hits {self.hit_rate:.2f}, peak {self.peak / 1e9:.3f} GB, load {self.load_seconds:.1f} s"
+            f"hits {self.hit_rate:.2f}, load {self.load_seconds:.1f} s"
+            + (f", OTHERS USED {self.others:.2f} CORES" if self.others > 0.2 else "")
         )
 
 
 def cache_mib(path: Path, limit: int, outside: int) -> int:
-    """MiB for the other engine's cache of experts; 0 where one token's experts would not fit."""
-    model = gguf.read(path)
-    routed = sum(t.nbytes for t in model.tensors if t.role.is_routed_expert)
-    room = limit - (sum(t.nbytes for t in model.tensors) - routed) - (outside << 20)
-    return room >> 20 if room >= routed * model.n_expert_used / model.n_expert else 0
+    """MiB for the other engine's cache of experts."""
+    resident = sum(t.nbytes for t in gguf.read(path).tensors if not t.role.is_routed_expert)
+    return ((limit - resident) >> 20) - outside
 
 
 def run_other(program: Path, options: str, job: tier_runs.Job, cache: int, limit: int) -> Other:
     """Runs the other program once; raises SystemExit with its last words when it fails or is killed."""
     command = [str(program), "-m", job.path, "-t", str(job.threads), "-n", str(job.tokens)]
-    command += [
-        "--warm",
-        str(job.warm),
-        "--ubatch",
-        str(job.ubatch),
-        "--prompt-ids",
-        ids(job.text[: job.prompt]),
-    ]
+    command += ["--warm", str(job.warm), "--ubatch", str(job.ubatch)]
+    command += ["--prompt-ids", ids(job.text[: job.prompt])]
     command += [] if job.greedy else ["--forced-ids", ids(job.text[job.prompt :])]
     command += ["--cache-mb", str(cache), *shlex.split(options)]
     tier_runs.drop_cache(Path(job.path))
+    before, started = tier_runs.processor_seconds(), time.perf_counter()
     with tier_runs.control_group(limit) as group:
         # The shell enters the group, then becomes the program: its memory counts from the first byte.
         enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")]
         done = subprocess.run(enter + command, capture_output=True, text=True)
-        peak = int((group / "memory.max_usage_in_bytes").read_text())
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)}: ended with {done.returncode}: {done.stderr[-1000:]}")
     said = json.loads(done.stdout.splitlines()[-1])
@@ -96,8 +89,8 @@ def run_other(program: Path, options: str, job: tier_runs.Job, cache: int, limit
         job.tokens / said["decode_seconds"],
         said["read_bytes"] / job.tokens,
         said["hits"] / said["lookups"] if said["lookups"] else 0.0,
-        peak,
         said["load_seconds"],
+        (tier_runs.processor_seconds() - before) / (time.perf_counter() - started),
         tuple(said["likeliest"]),
     )
 
@@ -139,10 +132,11 @@ def compare(program: Path, options: Sequence[str], job: tier_runs.Job, args: arg
     """Runs all in turn, round after round, and prints them beside the ceiling."""
     path = Path(job.path)
     limit = int(path.stat().st_size / args.ratio)
-    cache = cache_mib(path, limit, args.outside) if args.cache_mb is None else args.cache_mb
+    cache = cache_mib(path, limit, args.outside)
     ours = tier_runs.with_tier(job, limit)
     full = tier_runs.run(replace(job, load_mode="none"), None)
-    print(f"{'greedy' if job.greedy else 'forced'} text; all in memory {full.decode:.2f} tokens/s")
+    kind = "greedy" if job.greedy else "forced"
+    print(f"{kind} text, cache of the other {cache} MiB; all in memory {full.decode:.2f} tokens/s")
     speeds: dict[str, list[float]] = {name: [] for name in ("tier", *options)}
     text: tuple[int, ...] = ()
     for _ in range(args.rounds):
@@ -165,7 +159,7 @@ def compare(program: Path, options: Sequence[str], job: tier_runs.Job, args: arg
     print(f"  likeliest tokens of both: {agreement(likeliest_in_group(ours, limit), text)}")
     tier = statistics.median(speeds.pop("tier"))
     name, best = max(((n, statistics.median(s)) for n, s in speeds.items()), key=lambda pair: pair[1])
-    print(f"  {tier:.2f} tokens/s against {best:.2f} ({name}, {cache} MiB): {tier / best:.2f} times")
+    print(f"  {tier:.2f} tokens/s against {best:.2f} ({name}): {tier / best:.2f} times")
 
 
 def main() -> None:
@@ -185,9 +179,6 @@ def main() -> None:
     )
     parser.add_argument("--text", choices=("greedy", "forced", "both"), default="both")
     parser.add_argument("--outside", type=int, default=OUTSIDE, help="MiB beside the program's weights")
-    parser.add_argument(
-        "--cache-mb", type=int, default=None, help="its cache; by default what the limit leaves"
-    )
     parser.add_argument("--model", type=Path, default=None)
     args = parser.parse_args()
     path = args.model or tier_runs.cached(tier_moe.MODEL)
