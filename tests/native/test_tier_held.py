@@ -266,9 +266,14 @@ def test_read_ahead(order: int, policy: str, path: Path, short: runs.Floats) -> 
     """Guesses, wrong ones too, whose reads are under way when what is needed wants their place."""
     ahead = 0
     for budget in budgets(path)[:2]:
-        for guesses in (2, 8):
+        for guesses, depth in ((2, 32), (8, 2)):  # with a short queue, only a piece of a guess is under way
             plan = runs.tier_plan(
-                path, expert_bytes=budget, policy=policy, guesses=guesses, read_bytes=16 << 10
+                path,
+                expert_bytes=budget,
+                policy=policy,
+                guesses=guesses,
+                queue_depth=depth,
+                read_bytes=16 << 10,
             )
             with held(plan, order) as (model, ctx, paged):
                 for _ in range(3):
