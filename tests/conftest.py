@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+
+from tensortier import paths
+from tests import calibrations
 
 pytest_plugins = ["tests.backend_fixtures"]
 
@@ -29,6 +33,12 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 os.environ["HF_TOKEN_PATH"] = str(CACHE.parent / "no-token")  # nobody is logged in
+# What this machine's user measured, served and traced before is nothing to go by, and gets nothing added; backends
+# that were built are used, and pip keeps its downloads where it always does.
+_kept = paths.cache_dir().parent
+_cache = tempfile.TemporaryDirectory(prefix="tensortier-tests-", ignore_cleanup_errors=True)
+os.environ.setdefault("PIP_CACHE_DIR", str(_kept / "pip"))
+os.environ.update(calibrations.environment(Path(_cache.name)))
 # the servers of the tests are on loopback; pip may need the proxy for the rest
 _direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{_direct},127.0.0.1,localhost".lstrip(",")
