@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--warm", type=int, default=2)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the drive's setting is put back then too
     machine = hardware.probe()
     calibration = calibrate.load(machine)
     if calibration is None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from tensortier import cost, mapped, rates, system
+from tensortier import catalogue, cost, gguf, mapped, memory, planner, rates, system
 from tensortier.rates import Speed
 from tensortier.types import Estimate, Hardware, ModelInfo, Placement, Plan, Role, Settings, Tensor, Workload
 from tests.unit.test_cost import RATES
@@ -110,13 +110,17 @@ BESIDE = 157 * 10**6  # bytes of the group that hold no file
 @pytest.mark.parametrize(
     ("of", "size", "ratio", "read_ahead", "compute", "megabytes", "speeds"),
     [
+        (MOE, 3010, 1.33, 128 * KIB, 0.027, 116, (5.47,)),
+        (MOE, 3010, 1.33, 1 * MIB, 0.027, 284, (3.42,)),
+        (MOE, 3010, 1.33, 8 * MIB, 0.027, 1066, (0.93, 1.06)),
         (MOE, 3010, 2.0, 128 * KIB, 0.027, 232, (2.66,)),
         (MOE, 3010, 2.0, 1 * MIB, 0.027, 813, (1.30,)),
-        (MOE, 3010, 1.33, 8 * MIB, 0.027, 1264, (0.93, 1.06)),
         (MOE, 3010, 2.0, 8 * MIB, 0.027, 2424, (0.37, 0.46)),
-        (MOE, 3010, 4.0, 8 * MIB, 0.027, 2950, (0.38, 0.39)),
-        (DENSE, 2460, 1.33, 8 * MIB, 0.085, None, (0.77,)),
-        (DENSE, 2460, 2.0, 8 * MIB, 0.085, None, (0.73, 0.74)),
+        (MOE, 3010, 4.0, 128 * KIB, 0.027, 372, (2.10,)),
+        (MOE, 3010, 4.0, 8 * MIB, 0.027, 2346, (0.38, 0.42)),
+        (DENSE, 2460, 1.33, 8 * MIB, 0.085, 2214, (0.76, 0.77)),
+        (DENSE, 2460, 2.0, 128 * KIB, 0.085, 2293, (0.34,)),
+        (DENSE, 2460, 2.0, 8 * MIB, 0.085, 2314, (0.71, 0.74)),
     ],
 )
 def test_measured(
@@ -125,12 +129,11 @@ def test_measured(
     ratio: float,
     read_ahead: int,
     compute: float,
-    megabytes: float | None,
+    megabytes: float,
     speeds: tuple[float, ...],
 ) -> None:
     found = mapped.reads(of, of.tensors, size * 1e6 / ratio - BESIDE, read_ahead)
-    if megabytes is not None:
-        assert 1 / 1.35 < found.nbytes / 1e6 / megabytes < 1.35
+    assert 1 / 1.35 < found.nbytes / 1e6 / megabytes < 1.35
     told = 1 / found.seconds(compute, 2.2e9, 0.17e-3)
     for speed in speeds:
         assert 1 / 1.5 < told / speed < 1.5, told
@@ -180,6 +183,32 @@ def test_a_plan_says_what_page_faults_take_and_what_is_not_known() -> None:
     assert low < known.decode_tokens_per_second < high
     # all experts are used by a prompt of 512 tokens: its pass over them is read once
     assert known.prefill_seconds["drive"] < whole * (1 / 2e9 + mapped.KERNEL_SECONDS_PER_BYTE)
+
+
+@pytest.mark.parametrize(
+    ("known", "told"),
+    [
+        (None, "if the drive's read-ahead is 128 KiB (it is not known)"),
+        (256 * KIB, "by this drive's read-ahead of 256 KiB"),
+        (8 * MIB, "by this drive's read-ahead of 8 MiB"),
+    ],
+)
+def test_a_plan_tells_what_mapping_would_take(
+    known: int | None, told: str, skeleton: Callable[[str], Path]
+) -> None:
+    m = gguf.read(skeleton("qwen3-30b-a3b-q4_k_m"))
+    here = catalogue.hypothetical((), 8 << 30, cpu_bandwidth=60, drive="NVMe PCIe 4.0 x4")
+    more = {} if known is None else {"read_ahead_bytes": known}
+    drives = tuple(dataclasses.replace(d, details={**d.details, **more}) for d in here.drives)
+    here = dataclasses.replace(here, drives=drives)
+    settings = Settings(n_ctx=4096)
+    plan = planner.plan(m, here, settings, rates=rates.from_catalogue(here), answers=memory.Formulas(m, {}))
+    assert plan.tier is not None and plan.estimate is not None
+    mapping = next(c.estimate for c in plan.candidates if c.name == "CPU only")
+    assert mapping is not None
+    times = mapping.seconds / plan.estimate.seconds
+    number = f"{times:.0f}" if times >= 10 else f"{times:.1f}"
+    assert f"as llama.cpp does, would take about {number} times as long, {told}" in plan.reasons[0]
 
 
 MOUNTS = {
