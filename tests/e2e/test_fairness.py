@@ -31,9 +31,10 @@ def test_clients_that_come_and_go_do_not_stop_others(engine: Engine, monkeypatch
     """A batch is given up for a long prompt that nobody wants any more; the next one of the others is computed. Each
     long prompt is given up in its first batch, and the next one is there before anything else is computed."""
     here: list[Request] = []
+    over = threading.Event()
 
     def before(tokens: int) -> None:
-        if here and tokens > 1:  # some of the long prompt are among them
+        if here and tokens > 1 and not over.is_set():  # some of the long prompt are among them
             gone = here.pop()
             come()
             gone.cancel()
@@ -45,11 +46,15 @@ def test_clients_that_come_and_go_do_not_stop_others(engine: Engine, monkeypatch
 
     batches = Batches(monkeypatch, before)
     with together(engine):
-        stays = Heard(engine.complete("x", Sampling(max_tokens=20, grammar=ENDLESS)), {1: come})
+        stays = Heard(engine.complete("x", Sampling(max_tokens=20, grammar=ENDLESS)), {1: come}, over.set)
     assert len(stays.wait()) >= 10
-    for request in here:
-        request.cancel()
-    wait_until(lambda: (now := engine.activity()).active + now.waiting == 0)
+
+    def left_alone() -> bool:
+        for request in list(here):
+            request.cancel()
+        return (now := engine.activity()).active + now.waiting == 0
+
+    wait_until(left_alone)
     aborted = [outcome is Outcome.ABORTED for outcome in batches.outcomes[: 2 * 20]]
     assert aborted.count(True) >= 10
     assert not any(a and b for a, b in itertools.pairwise(aborted))
