@@ -56,12 +56,13 @@ def _libraries() -> tuple[Any, ...]:
 
 def ggml_function(name: str, restype: Any, *argtypes: Any) -> Any:
     """A function of ggml, from the very copy of the library that llama.cpp uses."""
-    function = None
     for library in _libraries():
-        function = getattr(library, name, None)
-        if function is not None:
-            break
-    if function is None:
+        try:
+            function = library[name]  # one of its own, where getattr gives everybody the same, with its types
+        except AttributeError:
+            continue
+        break
+    else:
         raise LibraryError(f"the installed llama.cpp has no function {name}")
     function.restype = restype
     function.argtypes = list(argtypes)
