@@ -27,8 +27,9 @@ from tensortier.types import Override, Placement, Plan, Settings, Tier
 
 CACHE = Path(__file__).parent.parent / ".cache" / "models"
 GROUPS = Path("/sys/fs/cgroup/memory")
-OUTSIDE = 210 << 20  # Python, its libraries, llama.cpp's own buffers for this size of model; measured
-PROMPT = 64 << 20  # more of them in a long prompt, for the dense model
+OUTSIDE = 140 << 20  # Python, its libraries, llama.cpp's own buffers for this size of model; measured
+DENSE = 70 << 20  # more of them for the dense model
+PROMPT = 64 << 20  # and for its long prompts
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def with_dense_tier(job: Job, limit: int) -> Job:
     pattern = r"blk\.\d+\.(ffn_(up|gate|down)|attn_(q|k|v|output))\.weight"
     model = gguf.read(Path(job.path))
     resident = sum(t.nbytes for t in model.tensors if not (t.role.is_dense_ffn or ".attn_" in t.name))
-    outside = OUTSIDE + (PROMPT if job.prompt > 64 else 0)
+    outside = OUTSIDE + DENSE + (PROMPT if job.prompt > 64 else 0)
     return replace(job, dense_bytes=limit - resident - outside, pattern=pattern, load_mode="none")
 
 
