@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import llama_cpp
@@ -20,11 +19,6 @@ import pytest
 from tensortier.tier import PagedWeights, replay
 from tests import tier_runs as runs
 from tests.models import llamacpp
-
-
-@pytest.fixture(scope="module")
-def path(synthetic: Callable[..., Path]) -> Path:
-    return synthetic(arch="qwen2moe", layers=2, experts=8, used=2, shared=256, qtype="Q4_K")
 
 
 @pytest.fixture(scope="module")

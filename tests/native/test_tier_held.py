@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,6 @@ STEPS = 3
 
 DENSE = r"ffn_(up|gate|down)_shexp|attn_(q|k|v|output)\.weight"
 BOTH = rf"_exps\.weight|{DENSE}"
-
-
-@pytest.fixture(scope="module")
-def path(synthetic: Callable[..., Path]) -> Path:
-    return synthetic(arch="qwen2moe", layers=2, experts=8, used=2, shared=256, qtype="Q4_K")
 
 
 @pytest.fixture(scope="module")

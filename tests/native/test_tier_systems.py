@@ -159,11 +159,6 @@ for policy in ("lru", "second-touch"):
 
 
 @pytest.fixture(scope="module")
-def path(synthetic: Callable[..., Path]) -> Path:
-    return synthetic(arch="qwen2moe", layers=2, experts=8, used=2, shared=256, qtype="Q4_K")
-
-
-@pytest.fixture(scope="module")
 def expected(path: Path) -> runs.Floats:
     with runs.stock(path) as (model, ctx):
         return runs.generate(model, ctx, steps=2)

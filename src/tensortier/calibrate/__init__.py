@@ -103,13 +103,6 @@ TYPES = (
 )
 NEEDED_TYPES = ("Q4_K", "Q8_0", "F16")  # where time is short; others lie between them
 FAST_TYPES = ("F16", "BF16", "Q8_0", "Q6_K")  # on a CPU bound by memory
-REMOTE_TYPES = (
-    "F16",
-    "Q8_0",
-    "Q6_K",
-    "Q4_K",
-    "Q4_0",
-)  # over a network every operand takes its time to arrive
 KV_TYPES = ("F16", "Q8_0", "Q4_0")
 BUSY = 0.25  # cores that other processes may use before a note says the figures may be too low
 

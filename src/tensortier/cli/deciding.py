@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def make_plan(wish: Wish, *, quiet: bool = False) -> Planned:
     """``deciding.make_plan``, which has to keep the budget of main memory. ``quiet``: no word and no bar while the
     machine is measured."""
-    planned = deciding.make_plan(wish, functools.partial(_measured, quiet=quiet), warn)
+    planned = deciding.make_plan(wish, functools.partial(measured, quiet=quiet), warn)
     deciding.check_ram(planned)
     return planned
 
@@ -29,12 +29,15 @@ def warn(text: str) -> None:
     note(f"tensortier: warning: {text}")
 
 
-def _measured(machine: Hardware, settings: Settings, rpc: Sequence[str], *, quiet: bool) -> Rates | None:
+def measured(
+    machine: Hardware, settings: Settings, rpc: Sequence[str], *, quiet: bool = False, bar: bool = True
+) -> Rates | None:
+    """Measures this machine and says so, with a progress bar if there is a terminal; what was left out is a warning."""
     from tensortier import measuring
 
     if not quiet:
         note(f"measuring this machine once, about {measuring.SECONDS} s (--no-calibrate skips it) ...")
-    with progress_bar(sys.stderr.isatty() and not quiet, "measuring") as report:
+    with progress_bar(bar and sys.stderr.isatty() and not quiet, "measuring") as report:
         found = measuring.measured(machine, settings, rpc, warn, report)
     for line in () if found is None else found.notes:
         warn(line)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,17 +12,16 @@ import typer
 
 from tensortier.cli import placing
 from tensortier.cli.common import is_verbose, note, set_verbose
-from tensortier.cli.deciding import warn
+from tensortier.cli.deciding import measured, warn
 from tensortier.cli.grouped import grouped
 from tensortier.cli.options import INT_MAX, RpcOption, split_servers
 from tensortier.cli.session import read_plan
 from tensortier.deciding import Measure, Wish
 from tensortier.errors import UsageError
-from tensortier.types import Hardware, Plan, Settings
+from tensortier.types import Plan
 
 if TYPE_CHECKING:
     from tensortier.library import LibraryModel
-    from tensortier.rates import Rates
     from tensortier.server.limits import Settings as Limits
 
 _SERVER = "Server"
@@ -237,7 +235,7 @@ def _serve(
         machine = hardware.probe(None if served is None else served.path, rpc=wish.rpc)
         wish = replace(wish, settings=replace(wish.settings, n_seq_max=limits.parallel))
         models = ModelHost(
-            Planner(wish, machine, _measured, warn),
+            Planner(wish, machine, functools.partial(measured, bar=False), warn),
             served,
             given=given,
             parallel=limits.parallel,
@@ -263,16 +261,6 @@ def _served(name: str | None) -> LibraryModel | None:
         return served_model(name)
     found = [model for model in library.list_models() if not model.error]
     return next((model for model in found if model.name == library.EMBEDDED), found[0] if found else None)
-
-
-def _measured(machine: Hardware, settings: Settings, rpc: Sequence[str]) -> Rates | None:
-    from tensortier import measuring
-
-    note(f"measuring this machine once, about {measuring.SECONDS} s (--no-calibrate skips it) ...")
-    found = measuring.measured(machine, settings, rpc, warn)
-    for line in () if found is None else found.notes:
-        warn(line)
-    return found
 
 
 def _checked_key(key: str | None) -> str | None:
