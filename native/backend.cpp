@@ -214,7 +214,7 @@ void Computer::wait(double & stalled) {
 char * Computer::scratch(size_t nbytes) {
     scratch_.emplace_back(nbytes);
     scratch_bytes_ += nbytes;
-    store_->scratch_bytes = std::max(store_->scratch_bytes, scratch_bytes_);
+    store_->scratch_beside(scratch_bytes_);
     return scratch_.back().data();
 }
 

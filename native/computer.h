@@ -53,8 +53,8 @@ private:
     Tensor * slots(const Tensor & weight, int group, int part, int segment);
     void whole_product(const Tensor & node, const Weight & weight, const Pass & pass, int segment);
     void guess_next(const Tensor & node, int group);
-    void product_of(const Tensor & node, const Weight & weight, const Pass & pass,
-                    const std::vector<size_t> & chosen);
+    char * product_of(const Tensor & node, const Weight & weight, const Pass & pass,
+                      const std::vector<size_t> & chosen, char * memory);
     char * scratch(size_t nbytes);
     ExpertCache & experts() { return *store_->experts(); }
 

@@ -19,6 +19,17 @@ constexpr int TYPE_F32 = 0;
 constexpr int TYPE_I32 = 26;
 constexpr int FLAG_COMPUTE = 16;
 
+size_t lines(size_t nbytes) {
+    constexpr size_t LINE = 64;
+    return (nbytes + LINE - 1) / LINE * LINE;
+}
+
+// What `rows` rows of inputs, as many of results, and the slots in the place of their experts take.
+size_t apart_bytes(const Tensor & node, size_t rows) {
+    return lines(rows * sizeof(float) * static_cast<size_t>(node.src[1]->ne[0])) +
+           lines(rows * sizeof(float) * static_cast<size_t>(node.ne[0])) + lines(rows * sizeof(int32_t));
+}
+
 Tensor f32_tensor(const char * data, int64_t ne0, int64_t ne2) {
     Tensor tensor{};
     tensor.type = TYPE_F32;
@@ -71,9 +82,9 @@ void Computer::whole_product(const Tensor & node, const Weight & weight, const P
 }
 
 // Some experts, all in one segment: their rows are gathered, computed beside, and scattered to where they
-// belong.
-void Computer::product_of(const Tensor & node, const Weight & weight, const Pass & pass,
-                          const std::vector<size_t> & chosen) {
+// belong. Returns the end of the memory that it takes from `memory` on.
+char * Computer::product_of(const Tensor & node, const Weight & weight, const Pass & pass,
+                            const std::vector<size_t> & chosen, char * memory) {
     size_t rows = 0;
     for (const size_t i : chosen) {
         rows += pass.first[i + 1] - pass.first[i];
@@ -81,9 +92,9 @@ void Computer::product_of(const Tensor & node, const Weight & weight, const Pass
     const Tensor & input = *node.src[1];
     const size_t in_bytes = sizeof(float) * static_cast<size_t>(input.ne[0]);
     const size_t out_bytes = sizeof(float) * static_cast<size_t>(node.ne[0]);
-    char * in = scratch(rows * in_bytes);
-    char * out = scratch(rows * out_bytes);
-    char * ids_memory = scratch(rows * sizeof(int32_t));
+    char * in = memory;
+    char * out = in + lines(rows * in_bytes);
+    char * ids_memory = out + lines(rows * out_bytes);
     int segment = 0;
     size_t row = 0;
     for (const size_t i : chosen) {
@@ -118,6 +129,7 @@ void Computer::product_of(const Tensor & node, const Weight & weight, const Pass
     product.src[1] = keep(f32_tensor(in, input.ne[0], static_cast<int64_t>(rows)));
     product.src[2] = keep(ids);
     add(product);
+    return memory + apart_bytes(node, rows);
 }
 
 // The next layer's router on this layer's input, while this layer's experts are on their way.
@@ -233,8 +245,8 @@ void Computer::expert_product(Tensor * node, const Weight & weight) {
         alone = true;
         run(); // what the rows to be gathered come from
         const size_t row_bytes = sizeof(float) * static_cast<size_t>(node->ne[0] + node->src[1]->ne[0]);
-        size_t gathered = 0;
-        std::vector<size_t> chosen;
+        size_t gathered = 0, room = 0;
+        std::vector<std::vector<size_t>> products; // each of one segment
         std::vector<size_t> done;
         for (size_t k = 0; k < there.size(); ++k) {
             const size_t i = there[k].second;
@@ -242,15 +254,20 @@ void Computer::expert_product(Tensor * node, const Weight & weight) {
             if (!done.empty() && gathered + nbytes > GATHER_BYTES) {
                 break; // the rest in the next round
             }
-            if (!chosen.empty() && there[k].first != there[k - 1].first) {
-                product_of(*node, weight, pass, chosen);
-                chosen.clear();
+            if (done.empty() || there[k].first != there[k - 1].first) {
+                products.emplace_back();
             }
             gathered += nbytes;
-            chosen.push_back(i);
+            room += apart_bytes(*node, pass.first[i + 1] - pass.first[i]);
+            products.back().push_back(i);
             done.push_back(i);
         }
-        product_of(*node, weight, pass, chosen);
+        // as much as a round of this width may take, so that it need not grow from round to round
+        char * memory =
+            store_->rows(std::max(room, std::min(GATHER_BYTES, apart_bytes(*node, used * tokens))));
+        for (const std::vector<size_t> & chosen : products) {
+            memory = product_of(*node, weight, pass, chosen, memory);
+        }
         run(waited && gathered < ALONE_ROWS * row_bytes && done.size() * one_bytes < ALONE_BYTES);
         for (const size_t i : done) {
             experts().finished(group, part, i);

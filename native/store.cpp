@@ -325,10 +325,18 @@ void Store::write_trace(int group, const Pass & pass) {
     }
 }
 
+char * Store::rows(uint64_t nbytes) {
+    if (!rows_ || rows_->nbytes() < nbytes) {
+        rows_.reset(); // first: there may be no room for both
+        rows_ = std::make_unique<Memory>(nbytes, true);
+    }
+    return rows_->data();
+}
+
 void Store::stats(tt_tier_stats & stats) const {
     stats = tt_tier_stats{};
     stats.memory_bytes = memory_->nbytes();
-    stats.scratch_bytes = scratch_bytes;
+    stats.scratch_bytes = (rows_ ? rows_->nbytes() : 0) + scratch_beside_;
     if (experts_) {
         stats.expert_slots = static_cast<uint64_t>(experts_->own_slots());
         stats.passing_slots = static_cast<uint64_t>(experts_->passing_slots());

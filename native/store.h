@@ -8,6 +8,7 @@
 #include "routers.h"
 #include "tensortier.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <map>
 #include <mutex>
@@ -81,7 +82,11 @@ public:
     // Routing is written to this file from now on; null: no more. ReadError where it cannot be written.
     void trace(const char * path);
     void stats(tt_tier_stats & stats) const;
-    uint64_t scratch_bytes = 0; // the most that rows gathered and computed apart have taken beside our memory
+    // Memory for rows that are gathered and computed apart, in the place of what it last returned. It grows
+    // and stays: blocks of many sizes from the heap would leave holes, which nobody counts.
+    char * rows(uint64_t nbytes);
+    // So much else was taken by what waits to be computed.
+    void scratch_beside(uint64_t nbytes) { scratch_beside_ = std::max(scratch_beside_, nbytes); }
     // Of the routers of each group of experts, in order; empty where nothing is to be read ahead.
     std::vector<Router> routers;
     // Whether to read ahead for the next group now.
@@ -100,6 +105,8 @@ private:
     std::unique_ptr<ExpertCache> experts_;
     std::unique_ptr<DenseStore> dense_;
     std::unique_ptr<Memory> memory_;
+    std::unique_ptr<Memory> rows_;
+    uint64_t scratch_beside_ = 0; // at most
     Trial trial_;
     bool always_guess_ = false;
     size_t guesses_ = 0, used_ = 1;

@@ -17,7 +17,7 @@ _GATHER_BYTES = 4 << 20  # as in native/expert_products.cpp
 _F32 = 4
 _ID = 4
 _ROUTED = 8  # a token and which of its choices: in the store, and in the kernel's list
-_LINE = 64  # per expert, in the kernel's buffer
+_LINE = 64  # of the processor's cache; the kernel's buffer has one per expert
 _TILE = 512 << 10  # per thread, of the kernels that compute in tiles
 # A kernel's input per value: 256 in 292 bytes for most quantized weights, or the weights' own width of 2 bytes.
 _QUANTIZED, _HALF = 292 / 256, 2.0
@@ -46,16 +46,15 @@ def scratch_bytes(model: ModelInfo, paged: Sequence[Tensor], settings: Settings)
 
 
 def gathered_bytes(model: ModelInfo, paged: Sequence[Tensor], settings: Settings) -> int:
-    """Of that, the rows gathered and computed apart, and slots in the place of experts: at most so much at a time."""
+    """Of that, the rows gathered and computed apart, and slots in the place of experts: kept once they were needed."""
     tokens = _tokens(settings)
-    all_ids = _PARTS * tokens * model.n_expert_used * _ID
     largest = 0
     for t in (t for t in paged if is_experts(t)):
         row = _F32 * (t.shape[0] + t.shape[1])
         # several experts together, or a single one that has more: then all rows of the batch may be its own
         rows = max(_GATHER_BYTES // row, tokens)
-        largest = max(largest, rows * (row + _ID))
-    return max(largest, all_ids) if largest else 0
+        largest = max(largest, max(_GATHER_BYTES, tokens * row) + rows * _ID + t.shape[2] * 3 * _LINE)
+    return largest + _PARTS * tokens * model.n_expert_used * _ID if largest else 0
 
 
 def is_experts(tensor: Tensor) -> bool:
