@@ -11,10 +11,6 @@ constexpr uint64_t RING_WEIGHTS = 2;
 // And enough under way for a drive to be busy, where weights are small.
 constexpr uint64_t RING_BYTES = 32u << 20;
 
-uint64_t round_up(uint64_t value, uint64_t to) {
-    return (value + to - 1) / to * to;
-}
-
 } // namespace
 
 DenseStore::DenseStore(std::vector<DenseSpec> specs, uint64_t bytes, Reader & reader) : reader_(reader) {

@@ -19,16 +19,17 @@ constexpr int TYPE_F32 = 0;
 constexpr int TYPE_I32 = 26;
 constexpr int FLAG_COMPUTE = 16;
 
-size_t lines(size_t nbytes) {
-    constexpr size_t LINE = 64;
-    return (nbytes + LINE - 1) / LINE * LINE;
-}
-
-// What `rows` rows of inputs, as many of results, and the slots in the place of their experts take.
-size_t apart_bytes(const Tensor & node, size_t rows) {
-    return lines(rows * sizeof(float) * static_cast<size_t>(node.src[1]->ne[0])) +
-           lines(rows * sizeof(float) * static_cast<size_t>(node.ne[0])) + lines(rows * sizeof(int32_t));
-}
+// Where rows that are computed apart lie: inputs, results, and the slots in the place of their experts.
+struct Apart {
+    Apart(const Tensor & node, size_t rows)
+        : in_bytes(sizeof(float) * static_cast<size_t>(node.src[1]->ne[0])),
+          out_bytes(sizeof(float) * static_cast<size_t>(node.ne[0])),
+          out(round_up(rows * in_bytes, Reader::CACHE_LINE)),
+          ids(out + round_up(rows * out_bytes, Reader::CACHE_LINE)),
+          end(ids + round_up(rows * sizeof(int32_t), Reader::CACHE_LINE)) {}
+    size_t in_bytes, out_bytes; // of a row
+    size_t out, ids, end;       // from the first input on
+};
 
 Tensor f32_tensor(const char * data, int64_t ne0, int64_t ne2) {
     Tensor tensor{};
@@ -90,11 +91,11 @@ char * Computer::product_of(const Tensor & node, const Weight & weight, const Pa
         rows += pass.first[i + 1] - pass.first[i];
     }
     const Tensor & input = *node.src[1];
-    const size_t in_bytes = sizeof(float) * static_cast<size_t>(input.ne[0]);
-    const size_t out_bytes = sizeof(float) * static_cast<size_t>(node.ne[0]);
+    const Apart apart(node, rows);
+    const size_t in_bytes = apart.in_bytes, out_bytes = apart.out_bytes;
     char * in = memory;
-    char * out = in + lines(rows * in_bytes);
-    char * ids_memory = out + lines(rows * out_bytes);
+    char * out = memory + apart.out;
+    char * ids_memory = memory + apart.ids;
     int segment = 0;
     size_t row = 0;
     for (const size_t i : chosen) {
@@ -129,7 +130,7 @@ char * Computer::product_of(const Tensor & node, const Weight & weight, const Pa
     product.src[1] = keep(f32_tensor(in, input.ne[0], static_cast<int64_t>(rows)));
     product.src[2] = keep(ids);
     add(product);
-    return memory + apart_bytes(node, rows);
+    return memory + apart.end;
 }
 
 // The next layer's router on this layer's input, while this layer's experts are on their way.
@@ -258,13 +259,12 @@ void Computer::expert_product(Tensor * node, const Weight & weight) {
                 products.emplace_back();
             }
             gathered += nbytes;
-            room += apart_bytes(*node, pass.first[i + 1] - pass.first[i]);
+            room += Apart(*node, pass.first[i + 1] - pass.first[i]).end;
             products.back().push_back(i);
             done.push_back(i);
         }
         // as much as a round of this width may take, so that it need not grow from round to round
-        char * memory =
-            store_->rows(std::max(room, std::min(GATHER_BYTES, apart_bytes(*node, used * tokens))));
+        char * memory = store_->rows(std::max(room, std::min(GATHER_BYTES, Apart(*node, used * tokens).end)));
         for (const std::vector<size_t> & chosen : products) {
             memory = product_of(*node, weight, pass, chosen, memory);
         }

@@ -210,7 +210,7 @@ void Reader::check_unchanged() const {
 uint64_t Reader::sector_range(int file, uint64_t offset, uint64_t nbytes) const {
     const uint64_t s = sector(file);
     const uint64_t begin = offset / s * s;
-    return (offset + nbytes + s - 1) / s * s - begin;
+    return round_up(offset + nbytes, s) - begin;
 }
 
 void Reader::submit(const ReadRequest & request) {

@@ -17,6 +17,10 @@
 
 namespace tt {
 
+inline uint64_t round_up(uint64_t value, uint64_t to) {
+    return (value + to - 1) / to * to;
+}
+
 // A file could not be read, or is not what it was. The message is one line for the user.
 class ReadError : public std::runtime_error {
 public:

@@ -11,10 +11,6 @@ namespace {
 constexpr uint64_t PASSING_BYTES = 24u << 20;
 constexpr uint64_t PASSING_SHARE = 8; // but no more than this part of the memory
 
-uint64_t round_up(uint64_t value, uint64_t to) {
-    return (value + to - 1) / to * to;
-}
-
 } // namespace
 
 SlotLayout lay_out(const GroupSpec & group, const std::function<uint64_t(int file)> & sector_of) {

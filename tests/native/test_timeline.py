@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tensortier.types import TierStats
@@ -17,8 +16,7 @@ def excess(events: list[tuple[str, float, float, int]], before: TierStats, after
     return round(waited - (after.stall_seconds - before.stall_seconds), 6)
 
 
-def test_it_has_each_read_wait_and_pass(synthetic: Callable[..., Path]) -> None:
-    path = synthetic(arch="qwen2moe", layers=2, experts=8, used=2, shared=256, qtype="Q4_K")
+def test_it_has_each_read_wait_and_pass(path: Path) -> None:
     least, _ = runs.expert_bytes(path)
     with runs.tiered(runs.tier_plan(path, expert_bytes=2 * least, read_bytes=16 << 10)) as (
         model,
